@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one door to Lightning: a base class for both of its packages, and what is read off a Trainer."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+
+import torch
+
+from lightning_bn.callbacks.arguments import check_rules
+from lightning_bn.callbacks.identity import Identity, adopted_state
+from lightning_bn.findings import Finding, NonFiniteError, Severity
+from lightning_bn.rules.monitor_failed import monitor_failed
+from lightning_bn.sinks import FindingsFile, Loggers, console_text, markdown_report, tally
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Callback
+    from lightning.pytorch import LightningModule, Trainer
+else:
+
+    def _callback_classes() -> tuple[type, ...]:
+        """``Callback`` of ``lightning.pytorch`` and of ``pytorch_lightning``, which know nothing of each other."""
+        found, reason = [], None
+        for package in ("lightning.pytorch", "pytorch_lightning"):
+            try:
+                found.append(__import__(package, fromlist=["Callback"]).Callback)
+            except Exception as error:  # noqa: BLE001  (a broken second package must not take the first one away)
+                reason = error
+        if not found:
+            raise ImportError("lightning_bn needs lightning or pytorch_lightning; neither can be imported") from reason
+        return tuple(dict.fromkeys(found))
+
+    class _Callback(*_callback_classes()):
+        """A callback for the Trainer and the LightningCLI of either package."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M", bound="Monitor")
+
+
+def shielded(hook: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R | None]:
+    """Keep an internal error away from training: it is reported once and switches the monitor off.
+
+    Args:
+        hook: method of a monitor. It is skipped, and gives None, while the monitor is off.
+    """
+
+    @functools.wraps(hook)
+    def safe(self: M, *args: P.args, **kwargs: P.kwargs) -> R | None:
+        if self.off:
+            return None
+        try:
+            return hook(self, *args, **kwargs)
+        except NonFiniteError:
+            raise
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is ours and not the user's)
+            self.fail(hook.__name__, error)
+            return None
+
+    return cast("Callable[Concatenate[M, P], R | None]", safe)
+
+
+@dataclass
+class Live:
+    """What a monitor holds while a fit lasts; never copied or pickled with it.
+
+    Args:
+        trainer: the trainer that the fit runs on.
+        file: the findings file of the run.
+        run: start time of the fit (UTC), the same in all findings that one monitor writes.
+        hooks: everything that has to be undone, at the latest in ``on_exception`` or ``teardown``.
+    """
+
+    trainer: Trainer
+    file: FindingsFile
+    run: str
+    hooks: ExitStack = field(default_factory=ExitStack)
+
+
+class Monitor(Identity, _Callback):
+    """What every callback of this package shares.
+
+    Args:
+        ignore: slugs of rules that are not to be reported.
+    """
+
+    def __init__(self, *, ignore: Sequence[str] | None = None) -> None:
+        self.ignore = check_rules("ignore", ignore)
+        self.findings: list[Finding] = []
+        self.off = False
+        self._said: dict[tuple[str, str | None], Severity] = {}
+        self._live: Live | None = None
+
+    @property
+    def live(self) -> Live:
+        """The fit in progress."""
+        if self._live is None:
+            raise RuntimeError(f"{type(self).__name__} was called outside of a fit")
+        return self._live
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the findings file of this run; called by Lightning."""
+        if stage == "fit":
+            self.off = False
+            self._begin(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the report; called by Lightning."""
+        self._report()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the report and let go of the model; called by Lightning."""
+        self._report()
+        self._end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the model; called by Lightning."""
+        self._end()
+
+    def emit(self, finding: Finding | None, *, any_rank: bool = False, repeat: bool = False) -> None:
+        """Report a finding: keep it, write it to disk, print it. Said once, and again only if it got worse.
+
+        Args:
+            finding: the finding; None is no finding.
+            any_rank: report from this rank even if it is not the first one, where ranks see different things.
+            repeat: say it even if it was said before.
+        """
+        if finding is None or finding.rule in self.ignore:
+            return
+        trainer, key = self.live.trainer, (finding.rule, finding.layer)
+        said = self._said.get(key)
+        if not (any_rank or trainer.is_global_zero) or (said and not repeat and not finding.severity.outweighs(said)):
+            return
+        self._said[key] = finding.severity
+        if any_rank and trainer.world_size > 1:
+            finding = replace(finding, data={"rank": trainer.global_rank, **finding.data})
+        finding = replace(finding, step=step_of(trainer), epoch=epoch_of(trainer))
+        self.findings.append(finding)
+        print_above_bar(trainer, console_text(finding))
+        try:
+            self.live.file.append(finding, run=self.live.run, monitor=type(self).__name__)
+        except OSError as error:
+            print_above_bar(trainer, f"lightning_bn: {self.live.file.path} cannot be written: {error}")
+
+    def fail(self, place: str, error: Exception) -> None:
+        """Report an internal error and switch this monitor off until the next fit."""
+        self.off = True
+        try:
+            self.live.hooks.close()
+            self.emit(monitor_failed(type(self).__name__, place, error), any_rank=True)
+        except Exception as second:  # noqa: BLE001  (not even the report of an error may stop a healthy run)
+            print(f"lightning_bn: {type(self).__name__} is off: {error!r}; {second!r}", file=sys.stderr)  # noqa: T201
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was reported so far, so that a resumed run does not repeat it; called by Lightning."""
+        return {"said": [[rule, layer, severity.value] for (rule, layer), severity in self._said.items()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; called by Lightning."""
+        self._said = {(rule, layer): Severity(severity) for rule, layer, severity in state_dict.get("said", [])}
+
+    @shielded
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find this monitor's state where its key changed; called by Lightning."""
+        state = adopted_state(self, callbacks_of(trainer), checkpoint.get("callbacks") or {})
+        if state:
+            self.load_state_dict(copy.deepcopy(state))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what belongs to a fit in progress: copies and pickles are as good as new."""
+        return {**self.__dict__, "_live": None}
+
+    @shielded
+    def _begin(self, trainer: Trainer) -> None:
+        self._end()
+        self._said = {}
+        # Trainer.log_dir is a broadcast: every rank asks for it here, once.
+        log_dir = trainer.log_dir or trainer.default_root_dir
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._live = Live(trainer, FindingsFile(str(log_dir)), now)
+
+    def _end(self) -> None:
+        if self._live is not None:
+            self._live.hooks.close()
+            self._live = None
+
+    @shielded
+    def _report(self) -> None:
+        """Write one report for all monitors of the trainer: the first that is not off does it."""
+        if self._live is None or not self.live.trainer.is_global_zero:
+            return
+        trainer = self.live.trainer
+        monitors = [entry for entry in callbacks_of(trainer) if isinstance(entry, Monitor)]
+        if next((entry for entry in monitors if not entry.off), None) is not self:
+            return
+        findings = [finding for entry in monitors for finding in entry.findings]
+        loggers, step = Loggers(trainer.loggers), step_of(trainer)
+        loggers.numbers({"bn_overview/findings": float(len(findings))}, step)
+        loggers.text("bn_report", markdown_report(findings), step)
+        print_above_bar(trainer, f"lightning_bn: {tally(findings)}; {self.live.file.path}")
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """All callbacks of a trainer, in order; a public attribute that Lightning declares nowhere."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def log_interval(trainer: Trainer) -> int:
+    """``log_every_n_steps`` of a trainer, 0 for never; likewise declared nowhere."""
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
+
+def epoch_of(trainer: Trainer) -> int:
+    """The epoch that runs or ran last, counted from 0; ``current_epoch`` is one ahead when training has ended."""
+    progress = getattr(trainer.fit_loop, "epoch_progress", None)
+    return max(progress.current.ready - 1, 0) if progress else trainer.current_epoch
+
+
+def step_of(trainer: Trainer) -> int:
+    """The step that ``self.log`` writes: batches that ended an accumulation window, counted from 0.
+
+    ``global_step`` is one ahead at the end of a batch, and counts every optimizer of a manual loop. Private, as no
+    public attribute has this number; without it ``global_step`` serves.
+    """
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def is_due(trainer: Trainer, every_n_steps: int | None) -> bool:
+    """Whether the present step is logged, on every micro-batch of its accumulation window.
+
+    Args:
+        trainer: the trainer, inside a training batch.
+        every_n_steps: interval; None follows ``trainer.log_every_n_steps``, where 0 means never.
+    """
+    interval = log_interval(trainer) if every_n_steps is None else every_n_steps
+    return interval > 0 and (step_of(trainer) + 1) % interval == 0
+
+
+def window_closes(trainer: Trainer) -> bool:
+    """Whether the optimizer steps on this batch, so that no further micro-batch belongs to the step.
+
+    Private, as Lightning tells nobody else; without it every batch counts as a window.
+    """
+    accumulates = getattr(trainer.fit_loop, "_should_accumulate", None)
+    return not accumulates() if accumulates else True
+
+
+def is_compiled(pl_module: LightningModule) -> bool:
+    """Whether the whole LightningModule went through ``torch.compile``: Lightning keeps that in a private attribute."""
+    return getattr(pl_module, "_compiler_ctx", None) is not None
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """The item of every rank, in the order of ranks; a collective, so every rank has to call it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [item]
+    items: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def print_above_bar(trainer: Trainer, text: str) -> None:
+    """Print so that the text survives the TQDM bar, the Rich bar and no bar at all."""
+    bar = trainer.progress_bar_callback
+    console = getattr(bar, "_console", None)  # Rich: a console of its own, which moves the bar down
+    if console is not None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    elif hasattr(bar, "_train_progress_bar"):  # TQDM; its own print drops the text while no bar is shown
+        from tqdm import tqdm  # noqa: PLC0415  (only where Lightning itself uses it)
+
+        tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr)  # noqa: T201

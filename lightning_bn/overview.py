@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many layers in a few numbers: what the loggers get by default."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from statistics import median
+
+from lightning_bn.stats.moments import Summary
+
+SMALLEST = 1e-45  # float32's smallest subnormal: stands for 0 under a logarithm
+PREFIX = "bn_overview/"
+
+
+def spread(statistic: str, values: Iterable[float]) -> dict[str, float]:
+    """Median, largest and smallest value over the layers; NaN is left out here and counted elsewhere.
+
+    Example:
+        >>> spread("gain", [1.0, 3.0, float("nan")])
+        {'bn_overview/gain_median': 2.0, 'bn_overview/gain_max': 3.0, 'bn_overview/gain_min': 1.0}
+    """
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return {}
+    parts = {"median": median(known), "max": max(known), "min": min(known)}
+    return {f"{PREFIX}{statistic}_{name}": value for name, value in parts.items()}
+
+
+def activation_overview(layers: Mapping[str, Summary]) -> dict[str, float]:
+    """Overview scalars of one measured step.
+
+    Args:
+        layers: summary by layer.
+
+    Returns:
+        Median, largest and smallest over the layers of ``mean``, ``std_log10``, ``abs_max_log10`` (decimal
+        logarithms, so that one exploding layer does not flatten the others; 0 reads as -45) and ``zero_share``;
+        ``nonfinite_layers``, the number of layers with NaN or infinity.
+    """
+    rows = list(layers.values())
+    finite = [row for row in rows if math.isfinite(row.absmax)]
+    return {
+        **spread("mean", (row.mean for row in finite)),
+        **spread("std_log10", (_log10(row.std) for row in finite)),
+        **spread("abs_max_log10", (_log10(row.absmax) for row in finite)),
+        **spread("zero_share", (row.zero_share for row in finite)),
+        f"{PREFIX}nonfinite_layers": float(len(rows) - len(finite)),
+    }
+
+
+def activation_table(layers: Mapping[str, Summary]) -> str:
+    """One row for each layer, in markdown."""
+    rows = ["| layer | values | mean | std | largest abs | zeros |", "|---|---:|---:|---:|---:|---:|"]
+    for name, row in layers.items():
+        zeros = "undefined" if math.isnan(row.zero_share) else f"{row.zero_share:.1%}"
+        rows.append(
+            f"| `{name or '(the model)'}` | {row.count} | {row.mean:.4g} | {row.std:.4g} | {row.absmax:.4g} | {zeros} |"
+        )
+    return "\n".join(rows)
+
+
+def drift_overview(
+    since_start: Iterable[tuple[float, float]], since_best: Iterable[tuple[float, float]]
+) -> dict[str, float]:
+    """Overview scalars of γ and β drift.
+
+    Args:
+        since_start: for each layer the relative distance of γ and of β from the initial values.
+        since_best: the same from the values at the best validation; empty before the first one.
+
+    Returns:
+        ``gamma_drift``, ``beta_drift``, ``gamma_drift_since_best`` and ``beta_drift_since_best``, each as median,
+        largest and smallest over the layers.
+    """
+    found: dict[str, float] = {}
+    for suffix, pairs in (("", list(since_start)), ("_since_best", list(since_best))):
+        for name, values in zip(("gamma_drift", "beta_drift"), zip(*pairs, strict=True), strict=False):
+            found |= spread(f"{name}{suffix}", values)
+    return found
+
+
+def _log10(value: float) -> float:
+    return math.log10(max(value, SMALLEST))

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers in, ``Finding`` or ``None`` out: one fault per file, named after the fault."""
+
+from __future__ import annotations
+
+from lightning_bn.rules import (
+    affine_drift,
+    monitor_failed,
+    non_finite_input,
+    non_finite_loss,
+    non_finite_output,
+    non_finite_parameter,
+    not_initialised,
+    not_watched,
+    poisoned_running_statistics,
+    unmatched_layers,
+)
+
+SLUGS: tuple[str, ...] = (
+    affine_drift.RULE,
+    monitor_failed.RULE,
+    non_finite_input.RULE,
+    non_finite_loss.RULE,
+    non_finite_output.RULE,
+    non_finite_parameter.RULE,
+    not_initialised.RULE,
+    not_watched.RULE,
+    poisoned_running_statistics.RULE,
+    unmatched_layers.RULE,
+)
+"""Every rule there is, by its slug: what ``ignore`` may name."""

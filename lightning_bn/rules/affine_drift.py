@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far γ and β have moved, and what the validation loss did meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from lightning_bn.findings import Finding, Severity
+
+RULE = "affine-drift"
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The watched metric at its best and at its last validation.
+
+    Args:
+        name: name of the metric; smaller is better.
+        best: smallest value seen.
+        best_epoch: epoch of that value, counted from 0.
+        last: latest value.
+    """
+
+    name: str
+    best: float
+    best_epoch: int
+    last: float
+
+
+Drift = Mapping[str, tuple[float, float]]
+
+
+def affine_drift(since_start: Drift, since_best: Drift | None, watched: Watched | None) -> Finding | None:
+    """Say how far γ and β moved; movement alone is no fault and no proof.
+
+    Args:
+        since_start: for each layer ‖γ − γ₀‖/‖γ₀‖ and ‖β − β₀‖/‖γ₀‖ against the initial values.
+        since_best: the same against the values at the best validation; None without a validation.
+        watched: the validation metric; None where it was never logged.
+
+    Returns:
+        An ``info``; None without layers.
+    """
+    if not since_start:
+        return None
+    parts = [f"{len(since_start)} BatchNorm layers; since the start {_words(since_start)}"]
+    if since_best is None or watched is None:
+        parts.append("whether the validation loss rose meanwhile was not assessed")
+    elif watched.last <= watched.best:
+        parts.append(f"{watched.name} is at its best ({watched.best:.4g}, epoch {watched.best_epoch})")
+    else:
+        rise = watched.last - watched.best
+        parts.append(
+            f"since the best {watched.name} ({watched.best:.4g}, epoch {watched.best_epoch}) {_words(since_best)}, "
+            f"while {watched.name} rose by {rise:.3g} ({_percent(rise, watched.best)})"
+        )
+    evidence = "; ".join(parts) + ". Movement alone is not a fault"
+    data = {
+        "since_start": _pairs(since_start),
+        "since_best": _pairs(since_best),
+        "watched": vars(watched) if watched else None,
+    }
+    return Finding(RULE, Severity.INFO, evidence, "", data=data)
+
+
+def _words(drift: Drift) -> str:
+    gammas, betas = zip(*drift.values(), strict=True)
+    top = max(drift, key=lambda layer: _rank(drift[layer][0]))
+    return (
+        f"γ moved by {median(gammas):.1%} of its norm (median; most {drift[top][0]:.1%} in {top}), "
+        f"β by {median(betas):.1%} (most {max(betas, key=_rank):.1%})"
+    )
+
+
+def _rank(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _percent(rise: float, base: float) -> str:
+    return f"{rise / abs(base):+.0%}" if base else "from 0"
+
+
+def _pairs(drift: Drift | None) -> dict[str, list[float]] | None:
+    return None if drift is None else {layer: list(pair) for layer, pair in drift.items()}

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initialisation did not happen, or did not last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_bn.findings import Finding, Severity
+
+RULE = "not-initialised"
+
+
+def replaced_by_checkpoint(path: str) -> Finding:
+    """Say that a restored checkpoint took the place of the initial weights."""
+    evidence = f"the weights come from the checkpoint {path}, not from this initialisation"
+    return Finding(RULE, Severity.INFO, evidence, "", data={"checkpoint": path})
+
+
+def left_alone(scheme: str) -> Finding:
+    """Say that a model which was initialised before keeps its weights."""
+    evidence = f"this model was initialised before ({scheme}) and keeps its weights"
+    return Finding(RULE, Severity.INFO, evidence, "build a new model to start over", data={"scheme": scheme})
+
+
+def could_not_fill(skipped: Mapping[str, str]) -> Finding | None:
+    """Say which parameters kept their values, and why; None if there are none."""
+    if not skipped:
+        return None
+    names = [f"{name} ({why})" for name, why in skipped.items()]
+    shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")  # noqa: PLR2004
+    evidence = f"{len(names)} parameters kept their values: {shown}"
+    return Finding(RULE, Severity.INFO, evidence, "", data={"skipped": dict(skipped)})

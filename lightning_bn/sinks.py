@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where findings and numbers go: a JSONL file, the console, the user's loggers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+from lightning_bn.findings import Finding, Severity
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FOLDER = "lightning_bn"
+FILE = "findings.jsonl"
+Print = Callable[[str], None]
+
+
+class FindingsFile:
+    """``findings.jsonl``: one JSON object a line, on disk as soon as it is said.
+
+    The file is opened, appended to and closed for each finding, so that nothing is lost with the process and
+    nothing stays open in a copied or pickled callback.
+
+    Args:
+        log_dir: directory of the run, local or any URL that fsspec can append to.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        self.path = f"{log_dir.rstrip('/')}/{FOLDER}/{FILE}"
+
+    def append(self, finding: Finding, **context: Any) -> None:
+        """Write one finding with the present time (UTC) and the given context."""
+        row = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            **context,
+            **finding.to_dict(),
+        }
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        filesystem, path = fsspec.core.url_to_fs(self.path)
+        filesystem.makedirs(filesystem._parent(path), exist_ok=True)  # noqa: SLF001  (fsspec's own path splitting)
+        with filesystem.open(path, "ab") as file:
+            file.write(f"{line}\n".encode())
+
+
+def read_findings(log_dir: str) -> list[Finding]:
+    """The findings of a run, in the order in which they were said.
+
+    A line that is no finding, such as one that a killed process left unfinished, is passed over with a warning:
+    the others are still readable.
+
+    Args:
+        log_dir: directory of the run, or the path of a ``.jsonl`` file.
+
+    Returns:
+        The findings; an empty list where nothing was ever found.
+    """
+    path = log_dir if log_dir.endswith(".jsonl") else FindingsFile(log_dir).path
+    filesystem, place = fsspec.core.url_to_fs(path)
+    if not filesystem.exists(place):
+        return []
+    findings = []
+    for number, line in enumerate(filesystem.cat_file(place).decode(errors="replace").split("\n"), start=1):
+        try:
+            findings.extend([Finding.from_dict(json.loads(line))] if line else [])
+        except (ValueError, KeyError, TypeError):
+            warnings.warn(f"{path}, line {number}: needs one finding as JSON, got {line[:80]!r}", stacklevel=2)
+    return findings
+
+
+class Loggers:
+    """Numbers to every Lightning logger, text to those that write to TensorBoard.
+
+    Args:
+        loggers: the trainer's loggers, of either Lightning package.
+    """
+
+    def __init__(self, loggers: Sequence[Any]) -> None:
+        self._loggers = tuple(loggers)
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        """Log scalars."""
+        for logger in self._loggers:
+            logger.log_metrics(dict(values), step=step)
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """Write markdown to TensorBoard's Text tab; other loggers are left alone."""
+        for logger in self._loggers:
+            if _writes_to_tensorboard(logger):
+                logger.experiment.add_text(tag, markdown, step)
+                logger.experiment.flush()
+
+
+def console_text(finding: Finding) -> str:
+    """A finding in two or three lines of plain text."""
+    place = f" {finding.layer}" if finding.layer else ""
+    when = "" if finding.step is None else f" (epoch {finding.epoch}, step {finding.step})"
+    rank = finding.data.get("rank")
+    head = f"lightning_bn {finding.severity.value}: {finding.rule}{place}{when}"
+    lines = [head if rank is None else f"{head} on rank {rank}", f"  {finding.evidence}"]
+    return "\n".join([*lines, f"  -> {finding.advice}"] if finding.advice else lines)
+
+
+def markdown_report(findings: Sequence[Finding]) -> str:
+    """All findings as a markdown table, worst first."""
+    if not findings:
+        return "No findings."
+    rows = ["| severity | rule | layer | epoch | step | evidence | advice |", "|---|---|---|---|---|---|---|"]
+    rows.extend("| " + " | ".join(map(_cell, _texts(finding))) + " |" for finding in worst_first(findings))
+    return "\n".join(rows)
+
+
+def findings_table(findings: Iterable[Finding]) -> Table:
+    """All findings as a Rich table, worst first."""
+    from rich.table import Table  # noqa: PLC0415  (only the command line prints tables)
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(title="lightning_bn findings", show_lines=True, title_justify="left")
+    for name, options in (
+        ("severity", {"no_wrap": True}),
+        ("rule", {"no_wrap": True}),
+        ("layer", {}),
+        ("epoch", {"justify": "right"}),
+        ("step", {"justify": "right"}),
+        ("what was seen, and what to do", {"ratio": 1}),
+    ):
+        table.add_column(name, **options)
+    for finding in worst_first(findings):
+        *cells, evidence, advice = _texts(finding)
+        cells.append(f"{evidence}\n-> {advice}" if advice else evidence)
+        table.add_row(*(Text(cell) for cell in cells), style=_STYLES[finding.severity])
+    return table
+
+
+def tally(findings: Sequence[Finding]) -> str:
+    """How many findings of each severity, worst first.
+
+    Example:
+        >>> tally([])
+        'no findings'
+    """
+    counts = [(sum(finding.severity is kind for finding in findings), kind.value) for kind in reversed(Severity)]
+    return ", ".join(f"{number} {kind}" for number, kind in counts if number) or "no findings"
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Errors, then warnings, then notes; in each the order given."""
+    return sorted(findings, key=lambda finding: list(Severity).index(finding.severity), reverse=True)
+
+
+_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: ""}
+
+
+def _texts(finding: Finding) -> list[str]:
+    numbers = ("" if number is None else str(number) for number in (finding.epoch, finding.step))
+    return [
+        finding.severity.value,
+        finding.rule,
+        finding.layer or "",
+        *numbers,
+        finding.evidence,
+        finding.advice,
+    ]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _writes_to_tensorboard(logger: Any) -> bool:
+    # By name: Lightning has four such classes in three packages, and importing one here would need them all.
+    return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)

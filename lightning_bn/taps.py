@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose modules by name, and listen to what passes through them while a ``with`` block lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Hear = Callable[[str, nn.Module, Any, Any], None]
+"""Called after a module's forward pass with its name, the module, ``(args, kwargs)`` and its output."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which modules will be listened to, and what was asked for in vain.
+
+    Args:
+        layers: module by name, in the order of ``named_modules``.
+        unmatched: globs that match no module, each with the nearest names there are.
+        unseen: modules that no hook can reach, by name, with the reason; of a compiled or scripted module and
+            all below it, only the module itself.
+    """
+
+    layers: dict[str, nn.Module]
+    unmatched: dict[str, list[str]]
+    unseen: dict[str, str]
+
+
+def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only: bool = True) -> Choice:
+    """Choose modules of a model.
+
+    Args:
+        model: the network; its own name is the empty string.
+        globs: shell patterns on module names (``*`` also crosses dots); a module that matches any of them is
+            chosen, leaf or not. ``None`` chooses every module that ``leaves_only`` admits.
+        leaves_only: without globs, choose only modules without submodules.
+
+    Returns:
+        The choice. Metrics of torchmetrics are never chosen: they are no layers. Compiled and scripted
+        modules are listed as unseen.
+
+    Example:
+        >>> list(choose(nn.Sequential(nn.Linear(1, 1), nn.ReLU()), ["*0"]).layers)
+        ['0']
+    """
+    layers, unseen = _reachable(model)
+    if globs is None:
+        leaves = {name: module for name, module in layers.items() if not (leaves_only and _has_children(module))}
+        return Choice(leaves, {}, _tops(unseen))
+    every = [*layers, *unseen]
+    unmatched = {
+        glob: get_close_matches(glob.replace("*", ""), every, n=3, cutoff=0.0)
+        for glob in globs
+        if not any(fnmatchcase(name, glob) for name in every)
+    }
+    wanted = {name: module for name, module in layers.items() if any(fnmatchcase(name, glob) for glob in globs)}
+    hidden = {name: why for name, why in unseen.items() if any(fnmatchcase(name, glob) for glob in globs)}
+    return Choice(wanted, unmatched, _tops(hidden))
+
+
+@contextmanager
+def listen(layers: Mapping[str, nn.Module], hear: Hear) -> Iterator[None]:
+    """Call ``hear`` after every forward pass of the given modules, until the block is left.
+
+    A pass that activation checkpointing repeats inside backward is not heard again. What ``hear`` returns is
+    dropped: a forward hook that returns something would replace the module's output.
+
+    Args:
+        layers: module by name.
+        hear: called with name, module, ``(args, kwargs)`` and output, with gradients switched off.
+    """
+    with ExitStack() as handles:
+        for name, module in layers.items():
+            # A plain closure: a bound method would be copied with its owner when somebody copies the model.
+            handle = module.register_forward_hook(_hook(name, hear), with_kwargs=True)
+            handles.callback(handle.remove)
+        yield
+
+
+def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a nested container with its path: tuples, lists, mappings and dataclasses.
+
+    Example:
+        >>> [path for path, _ in tensors_in({"image": torch.ones(1), "boxes": [torch.ones(2)]}, "batch")]
+        ["batch['image']", "batch['boxes'][0]"]
+    """
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from tensors_in(entry, f"{path}[{key!r}]")
+    elif isinstance(value, tuple | list):
+        for index, entry in enumerate(value):
+            yield from tensors_in(entry, f"{path}[{index}]")
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from tensors_in(getattr(value, entry.name, None), f"{path}.{entry.name}")
+
+
+def plain_name(name: str) -> str:
+    """A module path without what ``torch.compile`` inserts."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _hook(name: str, hear: Hear) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # noqa: SLF001  (-1: not inside backward; torch has no public name)
+            with torch.no_grad():
+                hear(name, module, (args, kwargs), output)
+
+    return hook
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _reachable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    layers: dict[str, nn.Module] = {}
+    unseen: dict[str, str] = {}
+    hidden: list[tuple[str, str]] = []  # prefix of what lies below a compiled or scripted module
+    for path, module in model.named_modules():
+        name = plain_name(path)
+        reason = next((why for prefix, why in hidden if path.startswith(prefix)), None) or _unreachable(module)
+        if _is_metric(module):
+            continue
+        if reason is None:
+            layers[name] = module
+            continue
+        hidden.append((f"{path}." if path else "", reason))
+        unseen[name] = reason
+    return layers, unseen
+
+
+def _tops(unseen: Mapping[str, str]) -> dict[str, str]:
+    return {name: why for name, why in unseen.items() if not any(_is_below(name, other) for other in unseen)}
+
+
+def _is_below(name: str, other: str) -> bool:
+    return name != other and (not other or name.startswith(f"{other}."))
+
+
+def _unreachable(module: nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a ScriptModule"
+    # OptimizedModule is recognised by its one child: naming its class would import torch._dynamo.
+    if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:  # noqa: SLF001
+        return "it is compiled (torch.compile)"
+    return None
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return any(base.__module__.startswith("torchmetrics.") for base in type(module).__mro__)
