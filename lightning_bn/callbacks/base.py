@@ -194,12 +194,12 @@ class Monitor(Identity, _Callback):
 
     @shielded
     def _report(self) -> None:
-        """Write one report for all monitors of the trainer: the first that is not off does it."""
+        """Write one report for all monitors of the trainer: the last that is not off does it, when all have spoken."""
         if self._live is None or not self.live.trainer.is_global_zero:
             return
         trainer = self.live.trainer
         monitors = [entry for entry in callbacks_of(trainer) if isinstance(entry, Monitor)]
-        if next((entry for entry in monitors if not entry.off), None) is not self:
+        if next((entry for entry in reversed(monitors) if not entry.off), None) is not self:
             return
         findings = [finding for entry in monitors for finding in entry.findings]
         loggers, step = Loggers(trainer.loggers), step_of(trainer)

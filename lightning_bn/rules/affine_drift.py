@@ -51,6 +51,8 @@ def affine_drift(since_start: Drift, since_best: Drift | None, watched: Watched 
         parts.append("whether the validation loss rose meanwhile was not assessed")
     elif watched.last <= watched.best:
         parts.append(f"{watched.name} is at its best ({watched.best:.4g}, epoch {watched.best_epoch})")
+    elif not math.isfinite(watched.last):
+        parts.append(f"{watched.name} ended as {watched.last}")
     else:
         rise = watched.last - watched.best
         parts.append(

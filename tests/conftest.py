@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several tests share: a quiet trainer."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A factory of small CPU trainers that log to TensorBoard below ``tmp_path``."""
+
+    def make(*callbacks, **options):
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "default_root_dir": str(tmp_path),
+            "logger": TensorBoardLogger(str(tmp_path), name="run", version=0),
+        }
+        return Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+    return make
