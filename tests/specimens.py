@@ -25,7 +25,11 @@ def network(norm=True, depth=2, width=WIDTH):
     """Linear, BatchNorm, ReLU, ``depth`` times, and a linear head."""
     layers = []
     for place in range(depth):
-        layers += [nn.Linear(width if place else FEATURES, width), *([nn.BatchNorm1d(width)] if norm else []), nn.ReLU()]
+        layers += [
+            nn.Linear(width if place else FEATURES, width),
+            *([nn.BatchNorm1d(width)] if norm else []),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers, nn.Linear(width, CLASSES))
 
 

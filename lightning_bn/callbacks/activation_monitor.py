@@ -47,6 +47,8 @@ class ActivationMonitor(Monitor):
         ``Trainer(callbacks=[lightning_bn.ActivationMonitor()])``
     """
 
+    watches = ("layers",)
+
     def __init__(
         self,
         layers: str | list[str] | None = None,
@@ -62,7 +64,7 @@ class ActivationMonitor(Monitor):
 
     def _forget(self) -> None:
         self._chosen: dict[str, nn.Module] = {}
-        self._place: dict[str, int] = {}
+        self._rows: dict[str, int] = {}
         self._state: Tensor | None = None
         self._switched_off = False
 
@@ -83,7 +85,7 @@ class ActivationMonitor(Monitor):
                 self.emit(not_watched(name or "the model", why, layer=name))
         if self.every_n_steps is None and log_interval(trainer) < 1:
             self.emit(not_watched("any step", "log_every_n_steps is 0", "give ActivationMonitor every_n_steps"))
-        self._place = {name: place for place, name in enumerate(self._chosen)}
+        self._rows = {name: place for place, name in enumerate(self._chosen)}
         self._state = blank(len(self._chosen), pl_module.device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,7 +124,7 @@ class ActivationMonitor(Monitor):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the model's layers."""
-        return {**super().__getstate__(), "_chosen": {}, "_place": {}, "_state": None}
+        return {**super().__getstate__(), "_chosen": {}, "_rows": {}, "_state": None}
 
     @shielded
     def _listen(self) -> None:
@@ -138,7 +140,7 @@ class ActivationMonitor(Monitor):
         state = self._state
         if state is None:
             return
-        place = self._place[name]
+        place = self._rows[name]
         for _, x in tensors_in(output):
             if is_measurable(x) and x.dim() and not x.is_complex():
                 with torch.autocast(x.device.type, enabled=False):
@@ -159,7 +161,7 @@ class ActivationMonitor(Monitor):
         pooled = ranks[0]
         for other in ranks[1:]:
             pooled = pool(pooled, other)
-        rows = {name: summarize(pooled[place]) for name, place in self._place.items()}
+        rows = {name: summarize(pooled[place]) for name, place in self._rows.items()}
         self.statistics = {name: row for name, row in rows.items() if row.count}
         if not self.statistics:
             why = "none of their forward passes was heard"

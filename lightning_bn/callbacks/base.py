@@ -108,6 +108,7 @@ class Monitor(Identity, _Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the findings file of this run; called by Lightning."""
+        self.take_place(callbacks_of(trainer))
         if stage == "fit":
             self.off = False
             self._begin(trainer)
@@ -176,7 +177,9 @@ class Monitor(Identity, _Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to a fit in progress: copies and pickles are as good as new."""
-        return {**self.__dict__, "_live": None}
+        # Lightning hangs two methods of the model, and with them the model, on every callback of a fit.
+        state = {name: value for name, value in self.__dict__.items() if name not in {"log", "log_dict"}}
+        return {**state, "_live": None}
 
     @shielded
     def _begin(self, trainer: Trainer) -> None:

@@ -3,43 +3,51 @@
 
 from __future__ import annotations
 
-import inspect
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 
 class Identity:
-    """Gives each instance a ``state_key`` made from its class and its constructor's arguments.
+    """Gives each instance a ``state_key`` made from its class and from what it watches.
 
-    Lightning refuses a Trainer in which two stateful callbacks share a key. Instances that were constructed alike
-    are therefore numbered, in the order in which trainers ask for their keys.
+    Arguments that a resumed run may well change, such as an interval, are left out of the key. Lightning refuses a
+    Trainer in which two stateful callbacks share a key. Instances that watch the same are therefore numbered by their
+    place in the trainer; until they have one, when no checkpoint is written yet, they are told apart by address.
     """
 
-    _numbered: ClassVar[weakref.WeakSet[Identity]] = weakref.WeakSet()
-    _twin: int | None = None
+    watches: ClassVar[tuple[str, ...]] = ()
+    """Names of the constructor arguments that say what an instance watches."""
+
+    _place: int | None = None
 
     @property
     def state_key(self) -> str:
         """The key of this callback's state in a checkpoint; read by Lightning."""
-        stem = self._stem()
-        if self._twin is None:
-            taken = {other._twin for other in self._numbered if other._stem() == stem}  # noqa: SLF001  (other instances)
-            self._twin = next(number for number in range(len(taken) + 1) if number not in taken)
-            self._numbered.add(self)
-        return stem if self._twin == 0 else f"{stem}#{self._twin + 1}"
+        if self._place is None:
+            return f"{self.stem}@{id(self)}"
+        return self.stem if self._place == 0 else f"{self.stem}#{self._place + 1}"
 
-    def _stem(self) -> str:
-        names = inspect.signature(type(self).__init__).parameters
-        arguments = {name: getattr(self, name) for name in names if name != "self"}
+    @property
+    def stem(self) -> str:
+        """The part of the key that twins share."""
+        arguments = {name: getattr(self, name) for name in self.watches}
         return f"{type(self).__qualname__}{arguments!r}"
+
+    def take_place(self, callbacks: Sequence[Any]) -> None:
+        """Number this instance among those of its kind.
+
+        Args:
+            callbacks: all callbacks of the trainer, this one among them.
+        """
+        kin = [entry for entry in callbacks if isinstance(entry, Identity) and entry.stem == self.stem]
+        self._place = next((place for place, entry in enumerate(kin) if entry is self), 0)
 
 
 def adopted_state(mine: Identity, callbacks: Sequence[Any], states: Mapping[str, Any]) -> Any | None:
     """The state that belongs to a callback whose key a checkpoint does not hold.
 
-    Arguments may have changed between runs, and so may the numbers of twins: what is left over of a class in the
-    checkpoint goes to what is left over of it in the trainer, in order.
+    What it watches may have changed between runs, and so may the numbers of twins: what is left over of a class in
+    the checkpoint goes to what is left over of it in the trainer, in order.
 
     Args:
         mine: the callback that looks for its state.

@@ -72,9 +72,8 @@ class WeightInit(Monitor):
     def _arrange(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = None
         seed = trainer.strategy.broadcast(self._seed())
-        before = getattr(pl_module, MARK, None)
-        if before is not None:
-            self.emit(left_alone(before))
+        if not _builds_later(pl_module):
+            self._apply(pl_module, seed)
             return
         # No callback hook runs between configure_model and the restore of a checkpoint. Lightning calls an
         # override of configure_model, and an attribute of the instance is one; it may be called twice
@@ -91,8 +90,18 @@ class WeightInit(Monitor):
 
     @shielded
     def _apply(self, pl_module: LightningModule, seed: int) -> None:
+        before = getattr(pl_module, MARK, None)
+        if before is not None and self.report is None:  # by an earlier fit, or by another instance in this one
+            self.emit(left_alone(before))
+            return
         self.report = initialize(pl_module, self.scheme, seed=seed)
         setattr(pl_module, MARK, self.scheme)
 
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if self.seed is None else self.seed
+
+
+def _builds_later(pl_module: LightningModule) -> bool:
+    """Whether the project has a ``setup`` or ``configure_model`` of its own, which may still add layers."""
+    hooks = (type(pl_module).setup, type(pl_module).configure_model)
+    return any(not hook.__module__.startswith(("lightning.pytorch.", "pytorch_lightning.")) for hook in hooks)

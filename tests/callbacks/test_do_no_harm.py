@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with monitors is bit-identical to training without them."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from specimens import Healthy, loader, network
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard, WeightInit
+from lightning_bn.demo import DigitsData, DigitsResNet
+
+
+class Busy(Healthy):
+    """Draws from every random stream, keeps a metric, and uses dropout in front of BatchNorm."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.2), network()[1:]))
+        self.accuracy = MulticlassAccuracy(4)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        noise = 1e-3 * (random.random() + np.random.default_rng(0).normal() + np.random.rand())  # noqa: NPY002
+        logits = self(x + noise * torch.randn_like(x))
+        self.accuracy(logits, y)
+        self.log("train_acc", self.accuracy)
+        loss = self.loss(logits, y)
+        self.log("train_loss", loss)
+        return loss
+
+
+class Manual(Healthy):
+    """Manual optimisation with two optimizers."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            loss = self.loss(self(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        self.log("train_loss", loss)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[0].parameters(), 0.01), torch.optim.Adam(self.net[1:].parameters())]
+
+
+def everything_after(trainer, model):
+    """Weights, buffers, optimizer states, random streams and logged numbers at the end of a fit."""
+    return {
+        "model": {name: value.clone() for name, value in model.state_dict().items()},
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
+        "python": random.getstate(),
+        "metrics": {name: value.clone() for name, value in trainer.callback_metrics.items()},
+        "step": trainer.global_step,
+    }
+
+
+def assert_identical(a, b, path="state"):
+    """Two nested structures are equal bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            assert_identical(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for place, (one, other) in enumerate(zip(a, b, strict=True)):
+            assert_identical(one, other, f"{path}[{place}]")
+    else:
+        assert a == b, path
+
+
+def run(make_trainer, build, callbacks, **options):
+    seed_everything(3)
+    model = build()
+    trainer = make_trainer(*callbacks, **{"max_epochs": 3, **options})
+    trainer.fit(model, loader(), loader(seed=1))
+    return everything_after(trainer, model)
+
+
+MONITORS = {
+    "NaNGuard raise": lambda: [NaNGuard()],
+    "NaNGuard stop": lambda: [NaNGuard("stop")],
+    "NaNGuard warn": lambda: [NaNGuard("warn")],
+    "ActivationMonitor every step": lambda: [ActivationMonitor(every_n_steps=1)],
+    "ActivationMonitor interval": lambda: [ActivationMonitor(every_n_steps=3)],
+    "ActivationMonitor globs": lambda: [ActivationMonitor(["net.*", "loss"])],
+    "BatchNormMonitor": lambda: [BatchNormMonitor()],
+    "BatchNormMonitor interval": lambda: [BatchNormMonitor(every_n_steps=5)],
+    "all, twice": lambda: (
+        [NaNGuard(), ActivationMonitor(), BatchNormMonitor()] * 1
+        + [NaNGuard(), ActivationMonitor(), BatchNormMonitor()]
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("monitors", MONITORS.values(), ids=MONITORS)
+def test_every_monitor_in_every_mode_leaves_training_bit_identical(make_trainer, monitors):
+    """Weights, buffers, optimizer states, random streams and logged metrics are equal to those of plain training."""
+    assert_identical(run(make_trainer, Busy, []), run(make_trainer, Busy, monitors()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"accumulate_grad_batches": 3}, id="accumulation"),
+        pytest.param({"precision": "bf16-mixed"}, id="bf16-mixed"),
+        pytest.param({"precision": "64-true"}, id="64-true"),
+        pytest.param({"gradient_clip_val": 0.1}, id="clipping"),
+        pytest.param({"val_check_interval": 0.5}, id="validation inside the epoch"),
+        pytest.param({"num_sanity_val_steps": 2}, id="sanity check"),
+        pytest.param({"enable_progress_bar": True}, id="progress bar"),
+    ],
+)
+def test_all_monitors_together_leave_every_kind_of_training_bit_identical(make_trainer, options):
+    """The same under the Trainer's own variations."""
+    monitors = [NaNGuard(), ActivationMonitor(every_n_steps=2), BatchNormMonitor()]
+    assert_identical(run(make_trainer, Busy, [], **options), run(make_trainer, Busy, monitors, **options))
+
+
+@pytest.mark.slow
+def test_manual_optimisation_is_left_bit_identical(make_trainer):
+    """The same with two optimizers that the user steps himself."""
+    monitors = [NaNGuard(), ActivationMonitor(), BatchNormMonitor()]
+    assert_identical(run(make_trainer, Manual, []), run(make_trainer, Manual, monitors))
+
+
+@pytest.mark.slow
+def test_100_steps_of_the_demo_are_bit_identical_with_and_without_the_three_monitors(make_trainer):
+    """The demo ResNet with WeightInit in both: same weights, buffers, optimizer state and random streams."""
+
+    def run_demo(monitors):
+        seed_everything(1)
+        model = DigitsResNet()
+        trainer = make_trainer(WeightInit("he"), *monitors, max_epochs=-1, max_steps=100)
+        trainer.fit(model, datamodule=DigitsData())
+        assert trainer.global_step == 100
+        return everything_after(trainer, model)
+
+    assert_identical(run_demo([]), run_demo([NaNGuard(), ActivationMonitor(every_n_steps=1), BatchNormMonitor()]))
+
+
+def test_the_comparison_sees_a_callback_that_draws_one_random_number(make_trainer):
+    """The check above is not blind: one draw from the global stream by a callback fails it."""
+
+    class Draws(BatchNormMonitor):
+        def on_train_end(self, trainer, pl_module):
+            torch.rand(1)
+
+    with pytest.raises(AssertionError, match="state"):
+        assert_identical(run(make_trainer, Busy, []), run(make_trainer, Busy, [Draws()]))
+
+
+def test_weight_init_does_not_move_the_random_streams(make_trainer):
+    """After initialisation the streams stand where they stood without it."""
+
+    def streams(callbacks):
+        seed_everything(3)
+        make_trainer(*callbacks, max_steps=0, num_sanity_val_steps=0).fit(Healthy(), loader())
+        return torch.get_rng_state(), random.getstate()
+
+    assert_identical(streams([]), streams([WeightInit("he")]))
+
+
+def test_no_hook_stays_on_the_model_after_a_fit(make_trainer):
+    """Modules have no forward hooks and no changed attributes left."""
+    model = Healthy()
+    make_trainer(WeightInit(), NaNGuard(), ActivationMonitor(), BatchNormMonitor()).fit(model, loader())
+    assert all(not module._forward_hooks for module in model.modules())
+    assert "configure_model" not in vars(model)
+    assert isinstance(model, LightningModule)

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each rule speaks of its fault, stays silent on a healthy twin, and keeps evidence and advice apart."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import pkgutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_bn import rules
+from lightning_bn.findings import Severity
+from lightning_bn.first_pass import Call
+from lightning_bn.rules.affine_drift import Watched, affine_drift
+from lightning_bn.rules.monitor_failed import monitor_failed
+from lightning_bn.rules.non_finite_input import non_finite_input
+from lightning_bn.rules.non_finite_loss import non_finite_loss
+from lightning_bn.rules.non_finite_output import non_finite_output
+from lightning_bn.rules.non_finite_parameter import non_finite_parameter
+from lightning_bn.rules.not_initialised import could_not_fill, left_alone, replaced_by_checkpoint
+from lightning_bn.rules.not_watched import not_watched
+from lightning_bn.rules.poisoned_running_statistics import poisoned_running_statistics
+from lightning_bn.rules.unmatched_layers import unmatched_layers
+from lightning_bn.stats.finite import Census
+
+FINE = Census(8, 0, 0, 0, 2.5)
+NAN = Census(8, 3, 0, 0, 2.5)
+POSINF = Census(8, 0, 2, 0, 2.5)
+NEGINF = Census(8, 0, 0, 4, 2.5)
+CALL = Call("net.2", "Softplus", FINE, FINE, torch.float32, ((4, 2),), 0.75)
+SICK = replace(CALL, outputs=NAN)
+WATCHED = Watched("val_loss", 0.5, 3, 0.8)
+
+EXAMPLES = [
+    pytest.param("affine-drift", affine_drift({"norm": (0.25, 0.1)}, {"norm": (0.2, 0.1)}, WATCHED), id="drift"),
+    pytest.param("monitor-failed", monitor_failed("NaNGuard", "setup", KeyError("x")), id="monitor failed"),
+    pytest.param("non-finite-input", non_finite_input("batch[0]", (2, 5), NAN, spread=True), id="input"),
+    pytest.param("non-finite-input", non_finite_input("batch[0]", (2, 5), NAN, spread=False), id="masked input"),
+    pytest.param("non-finite-loss", non_finite_loss(NAN), id="loss"),
+    pytest.param("non-finite-output", non_finite_output([SICK], harmless=False), id="output"),
+    pytest.param("non-finite-output", non_finite_output([SICK], harmless=True), id="harmless output"),
+    pytest.param("non-finite-parameter", non_finite_parameter("net.0.weight", NAN, spread=True), id="parameter"),
+    pytest.param("non-finite-parameter", non_finite_parameter("net.0.weight", NAN, spread=False), id="unused"),
+    pytest.param("not-initialised", replaced_by_checkpoint("last.ckpt"), id="checkpoint"),
+    pytest.param("not-initialised", left_alone("he"), id="second fit"),
+    pytest.param("not-initialised", could_not_fill({"a.weight": "frozen"}), id="skipped"),
+    pytest.param("not-watched", not_watched("the inside of net", "it is compiled", "fit without"), id="not watched"),
+    pytest.param("poisoned-running-statistics", poisoned_running_statistics("n", FINE, NAN, used=True), id="poisoned"),
+    pytest.param("unmatched-layers", unmatched_layers("head*", ["had", ""]), id="unmatched"),
+]
+
+
+def test_the_list_of_slugs_names_every_rule():
+    """``SLUGS`` holds the slug of every module of the package that has one, once."""
+    names = (f"{rules.__name__}.{found.name}" for found in pkgutil.iter_modules(rules.__path__))
+    slugs = [module.RULE for module in map(importlib.import_module, names) if hasattr(module, "RULE")]
+    assert sorted(rules.SLUGS) == sorted(set(slugs))
+    assert len(slugs) == len(set(slugs)) > 0
+
+
+def test_a_slug_is_its_modules_name():
+    """A rule is found in the file that is named after it."""
+    names = {found.name.replace("_", "-") for found in pkgutil.iter_modules(rules.__path__)}
+    assert set(rules.SLUGS) <= names
+
+
+def test_every_rule_has_an_example_here():
+    """No rule is left out of the checks that hold for all of them."""
+    assert {example.values[0] for example in EXAMPLES} == set(rules.SLUGS)
+
+
+@pytest.mark.parametrize(("slug", "finding"), EXAMPLES)
+def test_a_finding_carries_its_slug_and_plain_data(slug, finding):
+    """A finding is named after its rule, and its data are plain JSON types as they are."""
+    assert finding.rule == slug
+    assert json.loads(json.dumps(dict(finding.data))) == dict(finding.data)
+
+
+@pytest.mark.parametrize(("slug", "finding"), EXAMPLES)
+def test_evidence_gives_no_advice(slug, finding):
+    """Evidence says what was seen, never what should be done, and the advice is not part of it."""
+    words = set(finding.evidence.lower().replace(",", " ").replace(";", " ").split())
+    assert not words & {"should", "must", "try", "consider", "please", "recommended"}, slug
+    assert not finding.advice or finding.advice not in finding.evidence
+
+
+@pytest.mark.parametrize(("slug", "finding"), [entry for entry in EXAMPLES if entry.values[1].severity != "info"])
+def test_a_fault_comes_with_an_action(slug, finding):
+    """What is worse than a note says what to do."""
+    assert finding.advice, slug
+
+
+@pytest.mark.parametrize(
+    ("seen", "spread", "severity"),
+    [
+        pytest.param(FINE, True, None, id="clean"),
+        pytest.param(NEGINF, True, None, id="-inf alone is a mask"),
+        pytest.param(NAN, True, Severity.ERROR, id="NaN that spread"),
+        pytest.param(POSINF, True, Severity.ERROR, id="+inf that spread"),
+        pytest.param(NAN, False, "quiet", id="NaN that did not spread"),
+    ],
+)
+def test_batch_and_parameters_are_judged_by_what_they_did(seen, spread, severity):
+    """NaN or +inf is an error where it spread, else a note (batch) or warning (parameter); -inf alone is neither."""
+    batch = non_finite_input("batch[0]", (2, 5), seen, spread=spread)
+    parameter = non_finite_parameter("net.0.weight", seen, spread=spread)
+    assert (batch and batch.severity) == (Severity.INFO if severity == "quiet" else severity)
+    assert (parameter and parameter.severity) == (Severity.WARNING if severity == "quiet" else severity)
+
+
+def test_a_parameter_finding_names_parameter_layer_and_numbers():
+    """The evidence has the parameter's path and the counts; the layer is the module that owns it."""
+    finding = non_finite_parameter("net.0.weight", NAN, spread=True)
+    assert finding.evidence == "net.0.weight: 3 of 8 values are NaN before the forward pass"
+    assert finding.layer == "net.0"
+
+
+def test_an_input_finding_names_path_sample_and_numbers():
+    """The evidence has the tensor's path, the sample (a scalar has none), the counts and the index."""
+    finding = non_finite_input("batch['image']", (2, 5), NAN, spread=True)
+    assert finding.evidence.startswith("batch['image'], sample 2: 3 of 8 values are NaN, the first at index [2, 5]")
+    assert finding.data == {"path": "batch['image']", "index": [2, 5], "nan": 3, "posinf": 0, "neginf": 0}
+    assert non_finite_input("batch[0]", (), NAN, spread=True).evidence.startswith("batch[0]: 3 of 8")
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        pytest.param(FINE, None, id="finite"),
+        pytest.param(Census(1, 1, 0, 0, 0.0), "NaN", id="NaN"),
+        pytest.param(Census(1, 0, 1, 0, 0.0), "+inf", id="+inf"),
+        pytest.param(Census(1, 0, 0, 1, 0.0), "-inf", id="-inf"),
+    ],
+)
+def test_a_loss_is_named_by_its_kind(loss, kind):
+    """A loss that is not finite is an error that says what it is; a finite one is silent."""
+    finding = non_finite_loss(loss)
+    assert (finding and finding.evidence.split(";")[0]) == (kind and f"the loss is {kind}")
+    assert finding is None or finding.severity is Severity.ERROR
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "blamed"),
+    [
+        pytest.param(FINE, FINE, False, id="healthy"),
+        pytest.param(FINE, NAN, True, id="makes NaN"),
+        pytest.param(FINE, POSINF, True, id="makes +inf"),
+        pytest.param(NAN, NAN, False, id="victim"),
+        pytest.param(POSINF, NAN, False, id="victim of +inf"),
+        pytest.param(NEGINF, NEGINF, False, id="passes a mask on"),
+        pytest.param(NEGINF, FINE, False, id="removes a mask"),
+        pytest.param(NAN, FINE, False, id="repairs"),
+    ],
+)
+def test_only_the_module_that_made_it_worse_is_blamed(inputs, outputs, blamed):
+    """A module is to blame where its output is worse than its input, not where it passes something on."""
+    call = replace(CALL, inputs=inputs, outputs=outputs)
+    assert (non_finite_output([call], harmless=False) is not None) is blamed
+
+
+def test_the_first_culprit_is_named():
+    """Of several modules to blame the one that returned first is named."""
+    calls = [CALL, replace(SICK, layer="first"), replace(SICK, layer="second")]
+    assert non_finite_output(calls, harmless=False).layer == "first"
+
+
+def test_an_output_finding_has_the_numbers():
+    """Counts, dtype, input range, shapes and weight range are in the evidence and in the data."""
+    finding = non_finite_output([SICK], harmless=False)
+    numbers = ["net.2 (Softplus)", "3 of 8 values are NaN", "float32", "largest |x| 2.5", "(4, 2)", "|weight| 0.75"]
+    assert [part for part in numbers if part not in finding.evidence] == []
+    assert finding.data["largest_input"] == 2.5
+    assert finding.data["largest_weight"] == 0.75
+    assert finding.data["shapes"] == [[4, 2]]
+
+
+def test_an_output_finding_has_no_more_than_there_is():
+    """Without parameters no weight is mentioned, and a culprit without a name is the model's own forward."""
+    finding = non_finite_output([replace(SICK, layer="", largest_weight=None)], harmless=False)
+    assert finding.evidence.startswith("the model's own forward (Softplus)")
+    assert "weight" not in finding.evidence
+
+
+def test_a_culprit_that_did_no_harm_is_a_warning():
+    """The severity follows what became of the loss, and the evidence says so."""
+    harmless, harmful = (non_finite_output([SICK], harmless=value) for value in (True, False))
+    assert (harmless.severity, harmful.severity) == (Severity.WARNING, Severity.ERROR)
+    assert harmless.evidence == f"{harmful.evidence}; the loss is finite all the same"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "overflow"),
+    [
+        pytest.param(Census(8, 0, 1, 0, 257.0), True, id="infinite beside large values"),
+        pytest.param(Census(8, 0, 1, 0, 255.0), False, id="infinite beside moderate values"),
+        pytest.param(Census(8, 1, 1, 0, 257.0), False, id="NaN beside large values"),
+    ],
+)
+def test_overflow_is_told_from_a_bad_operation(outputs, overflow):
+    """Infinity beside finite values above √max of the dtype (256 in float16) is called an overflow of that dtype."""
+    finding = non_finite_output([replace(CALL, outputs=outputs, dtype=torch.float16)], harmless=False)
+    assert ("outgrew float16" in finding.advice) is overflow
+
+
+@pytest.mark.parametrize(
+    ("after", "used", "found"),
+    [
+        pytest.param(FINE, True, False, id="finite"),
+        pytest.param(NAN, True, True, id="NaN"),
+        pytest.param(POSINF, True, True, id="overflow"),
+        pytest.param(NAN, False, False, id="a layer that did not run"),
+    ],
+)
+def test_running_statistics_are_judged_where_they_are_used(after, used, found):
+    """Non-finite running statistics are an error in a layer that ran."""
+    assert (poisoned_running_statistics("norm", FINE, after, used=used) is not None) is found
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        pytest.param(FINE, "they were finite before", id="new"),
+        pytest.param(NAN, "they were not finite before either", id="inherited"),
+    ],
+)
+def test_poisoned_statistics_say_whether_they_were_before(before, words):
+    """What this pass did is told from what it inherited."""
+    finding = poisoned_running_statistics("norm", before, POSINF, used=True)
+    assert finding.evidence == f"running statistics after the forward pass: 2 of 8 values are +inf; {words}"
+    assert finding.data["finite_before"] is before.is_finite
+
+
+@pytest.mark.parametrize(
+    ("watched", "said", "unsaid"),
+    [
+        pytest.param(None, "not assessed", "rose by", id="no validation"),
+        pytest.param(replace(WATCHED, last=0.5), "is at its best (0.5, epoch 3)", "rose by", id="at its best"),
+        pytest.param(replace(WATCHED, last=0.51), "rose by 0.01 (+2%)", "not assessed", id="just above its best"),
+        pytest.param(replace(WATCHED, best=-2.0, last=-1.0), "rose by 1 (+50%)", "best (0.5", id="negative metric"),
+        pytest.param(replace(WATCHED, best=0.0), "rose by 0.8 (from 0)", "inf", id="best is 0"),
+        pytest.param(replace(WATCHED, last=math.nan), "val_loss ended as nan", "rose by", id="ended as NaN"),
+        pytest.param(replace(WATCHED, last=math.inf), "val_loss ended as inf", "rose by", id="ended as inf"),
+    ],
+)
+def test_drift_is_told_with_what_validation_did(watched, said, unsaid):
+    """Movement is set beside the watched metric, and nothing is claimed that was not seen."""
+    finding = affine_drift({"norm": (0.0, 0.0)}, {"norm": (0.0, 0.0)}, watched)
+    assert said in finding.evidence
+    assert unsaid not in finding.evidence
+
+
+def test_drift_is_a_note_with_median_and_largest_layer():
+    """Movement alone is a note: median over the layers, and the layer that moved most; without layers it is silent."""
+    finding = affine_drift({"a": (0.1, 0.02), "b": (0.6, 0.3), "c": (0.2, 0.04)}, None, None)
+    assert finding.severity is Severity.INFO
+    assert "3 BatchNorm layers" in finding.evidence
+    assert "γ moved by 20.0% of its norm (median; most 60.0% in b), β by 4.0% (most 30.0%)" in finding.evidence
+    assert finding.data["since_start"]["b"] == [0.6, 0.3]
+    assert affine_drift({}, None, None) is None
+
+
+def test_a_failed_monitor_tells_where_and_keeps_the_traceback():
+    """The evidence names monitor, hook and error; the traceback is in the data."""
+    with pytest.raises(ZeroDivisionError) as caught:
+        _ = 1 / 0
+    finding = monitor_failed("NaNGuard", "setup", caught.value)
+    assert finding.severity is Severity.WARNING
+    assert "NaNGuard failed in setup (ZeroDivisionError: division by zero)" in finding.evidence
+    assert "test_rules.py" in finding.data["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [pytest.param(3, "p1 (frozen); p2 (frozen)", id="three"), pytest.param(4, "p2 (frozen); and 1 more", id="four")],
+)
+def test_parameters_that_kept_their_values_are_counted(number, shown):
+    """At most three are named with their reason, all are in the data, and none is no finding."""
+    skipped = {f"p{place}": "frozen" for place in range(number)}
+    finding = could_not_fill(skipped)
+    assert finding.evidence.startswith(f"{number} parameters kept their values: p0 (frozen); ")
+    assert finding.evidence.endswith(shown)
+    assert finding.data == {"skipped": skipped}
+    assert could_not_fill({}) is None
+
+
+@pytest.mark.parametrize(
+    ("nearest", "names"),
+    [pytest.param(["head", ""], "head, (the model itself)", id="two"), pytest.param([], "none", id="none")],
+)
+def test_an_unmatched_pattern_comes_with_the_nearest_names(nearest, names):
+    """The evidence has the pattern, the advice the names there are."""
+    finding = unmatched_layers("hed*", nearest)
+    assert "'hed*'" in finding.evidence
+    assert finding.advice == f"the nearest names are: {names}"
+    assert finding.severity is Severity.WARNING

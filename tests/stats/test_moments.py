@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mean, spread, range and zero share agree with a float64 loop, whole or pooled."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_bn.stats.moments import ABSMAX, COUNT, Summary, blank, moments, pool, summarize
+
+
+class NoHostRead(TorchDispatchMode):
+    """Raises as soon as a value is brought to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a value was read on the host")
+        return func(*args, **(kwargs or {}))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(x):
+    """The summary of finite values, from correctly rounded float64 sums."""
+    values = x.detach().double().flatten().tolist()
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
+    zero_share = sum(value == 0 for value in values) / len(values)
+    return Summary(len(values), mean, math.sqrt(variance), max(map(abs, values)), zero_share)
+
+
+def assert_agree(found, expected, rel=1e-6):
+    """Spread to a relative, mean to a part of the spread; count, range and zero share exactly."""
+    assert found.count == expected.count
+    assert found.mean == pytest.approx(expected.mean, rel=0, abs=rel * expected.std)
+    assert found.std == pytest.approx(expected.std, rel=rel, abs=0)
+    assert found.absmax == expected.absmax
+    assert found.zero_share == expected.zero_share
+
+
+@pytest.mark.parametrize(
+    ("x", "rel"),
+    [
+        pytest.param(normal(500), 1e-6, id="normal"),
+        pytest.param(normal(500) + 1e4, 1e-6, id="mean is 1e4 standard deviations"),
+        pytest.param(normal(500) - 1e4, 1e-6, id="negative mean"),
+        pytest.param(normal(500) * 3e37, 1e-6, id="near the largest float32"),
+        pytest.param(torch.tensor([3.4e38, -3.4e38, 3.3e38]), 1e-6, id="sum overflows float32"),
+        pytest.param(normal(500) * 1e-41, 1e-6, id="subnormal"),
+        pytest.param(torch.tensor([0.0, 1.4e-45]), 1e-6, id="smallest subnormal"),
+        pytest.param(normal(500) * 1e-25, 1e-6, id="squares underflow float32"),
+        pytest.param(normal(500).half(), 1e-6, id="float16"),
+        pytest.param(normal(500).half() * 1e4, 1e-6, id="float16, squares overflow"),
+        pytest.param(normal(500).bfloat16() + 100, 1e-6, id="bfloat16, with an offset"),
+        pytest.param(normal(500).double() + 1e6, 1e-9, id="float64, with an offset"),
+        pytest.param(normal(500).double() * 1e100, 1e-12, id="float64, beyond float32"),
+        pytest.param(normal(500).relu(), 1e-6, id="half of the values are zero"),
+    ],
+)
+def test_a_row_says_what_a_float64_loop_says(x, rel):
+    """Every statistic equals that of a float64 loop, whatever the scale, the offset and the dtype."""
+    assert_agree(summarize(moments(x)), by_hand(x), rel)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param(normal(2, 3, 4, 5).to(memory_format=torch.channels_last), id="channels_last"),
+        pytest.param(normal(6, 7).t(), id="transposed"),
+        pytest.param(normal(20, 6)[::3, 1::2], id="strided"),
+        pytest.param(normal(7, 1).expand(7, 5), id="expanded"),
+    ],
+)
+def test_the_memory_layout_does_not_matter(x):
+    """A view that is not contiguous is measured as what it shows."""
+    assert_agree(summarize(moments(x)), by_hand(x))
+
+
+@pytest.mark.parametrize("value", [pytest.param(-3.0, id="negative"), pytest.param(0.1, id="no binary fraction")])
+@pytest.mark.parametrize("shape", [pytest.param((), id="0-dim"), pytest.param((9,), id="vector")])
+def test_a_constant_has_no_spread(value, shape):
+    """Equal values have exactly the standard deviation 0 and their own mean."""
+    x = torch.full(shape, value)
+    assert summarize(moments(x)) == Summary(x.numel(), x.double().flatten()[0].item(), 0.0, abs(by_hand(x).mean), 0.0)
+
+
+@pytest.mark.parametrize("shape", [pytest.param((0,), id="vector"), pytest.param((3, 0, 2), id="batch")])
+def test_an_empty_tensor_leaves_everything_undefined(shape):
+    """Without values the count is 0 and every statistic NaN."""
+    found = summarize(moments(torch.empty(shape)))
+    assert found.count == 0
+    assert all(map(math.isnan, (found.mean, found.std, found.absmax, found.zero_share)))
+
+
+def test_an_inference_tensor_is_measured_outside_of_inference_mode():
+    """A tensor made under inference mode can be measured where gradients are on."""
+    with torch.inference_mode():
+        x = normal(50)
+    assert_agree(summarize(moments(x)), by_hand(x))
+
+
+def test_a_tensor_is_measured_inside_inference_mode():
+    """Inference mode changes no number."""
+    x = normal(50)
+    with torch.inference_mode():
+        found = summarize(moments(x))
+    assert_agree(found, by_hand(x))
+
+
+def test_no_graph_is_kept():
+    """The row of a tensor inside a graph belongs to no graph."""
+    x = (normal(10).requires_grad_() * 2).exp()
+    row = moments(x)
+    assert x.requires_grad
+    assert not row.requires_grad
+    assert row.grad_fn is None
+
+
+def test_the_measured_tensor_is_left_as_it_is():
+    """Measuring writes nothing into the tensor and gradients still flow through it."""
+    x = normal(10).requires_grad_()
+    y = x * 2
+    before = y.detach().clone()
+    moments(y)
+    y.sum().backward()
+    assert torch.equal(y, before)
+    assert torch.equal(x.grad, torch.full((10,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [
+        pytest.param([1.0, -2.0, 3.0], 0.0, id="none"),
+        pytest.param([0.0, 1.0, 0.0, -1.0], 0.5, id="half"),
+        pytest.param([0.0, 0.0], 1.0, id="all"),
+        pytest.param([-0.0, 1.0], 0.5, id="minus zero is zero"),
+        pytest.param([1.4e-45, 0.0], 0.5, id="the smallest subnormal is not zero"),
+    ],
+)
+def test_zero_share_counts_exact_zeros(values, share):
+    """The zero share is the number of values that equal 0, over the number of values."""
+    assert summarize(moments(torch.tensor(values))).zero_share == share
+
+
+@pytest.mark.parametrize("other", [0.0, 1.0, math.inf, -math.inf])
+def test_nan_leaves_everything_undefined(other):
+    """With a NaN among the values every statistic is NaN, not 0 and not that of the rest."""
+    found = summarize(moments(torch.tensor([other, math.nan, 0.0])))
+    assert found.count == 3
+    assert all(map(math.isnan, (found.mean, found.std, found.absmax, found.zero_share)))
+
+
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+def test_infinity_leaves_range_and_zero_share_known(infinity):
+    """With an infinity the range is infinite, the zero share is known, mean and spread are undefined."""
+    found = summarize(moments(torch.tensor([infinity, 0.0, 1.0, 2.0])))
+    assert (found.absmax, found.zero_share) == (math.inf, 0.25)
+    assert math.isnan(found.mean)
+    assert math.isnan(found.std)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([normal(3), normal(200, seed=1)], id="unequal sizes"),
+        pytest.param([normal(50) + 1e4, normal(70, seed=1) - 1e4], id="distant means"),
+        pytest.param([normal(40) * 1e30, normal(5, seed=1) * 1e-30], id="distant scales"),
+        pytest.param([normal(40).half(), normal(5, seed=1).double()], id="different dtypes"),
+        pytest.param([normal(1), normal(1, seed=1), normal(9, seed=2), normal(40, seed=3)], id="four parts"),
+    ],
+)
+def test_pooled_parts_equal_the_whole(parts):
+    """The pool of unequal parts says what a float64 loop over all their values says."""
+    row = blank(1, torch.device("cpu"))[0]
+    for part in parts:
+        row = pool(row, moments(part))
+    assert_agree(summarize(row), by_hand(torch.cat([part.double() for part in parts])))
+
+
+def test_pooling_is_associative():
+    """Whether the first or the last two of three are pooled first makes no difference beyond rounding."""
+    a, b, c = moments(normal(3)), moments(normal(40, seed=1) + 100), moments(normal(11, seed=2) * 50)
+    torch.testing.assert_close(pool(pool(a, b), c), pool(a, pool(b, c)), rtol=1e-12, atol=0)
+
+
+def test_pooling_is_commutative():
+    """Which of two comes first makes no difference beyond rounding."""
+    a, b = moments(normal(3)), moments(normal(40, seed=1) + 100)
+    torch.testing.assert_close(pool(a, b), pool(b, a), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param(normal(30) + 5, id="values"),
+        pytest.param(torch.empty(0), id="no values"),
+        pytest.param(torch.tensor([math.nan, 1.0]), id="NaN"),
+        pytest.param(torch.tensor([math.inf, 1.0]), id="inf"),
+    ],
+)
+def test_pooling_with_the_blank_state_changes_nothing(x):
+    """The blank state is the identity of pooling, from either side, bit by bit."""
+    row, none = moments(x), blank(1, x.device)[0]
+    assert torch.equal(pool(row, none).nan_to_num(nan=-7.0), row.nan_to_num(nan=-7.0))
+    assert torch.equal(pool(none, row).nan_to_num(nan=-7.0), row.nan_to_num(nan=-7.0))
+
+
+def test_nan_survives_pooling():
+    """A NaN in one of two parts leaves the pool undefined, apart from its count."""
+    found = summarize(pool(moments(normal(5)), moments(torch.tensor([math.nan]))))
+    assert found.count == 6
+    assert all(map(math.isnan, (found.mean, found.std, found.absmax, found.zero_share)))
+
+
+def test_rows_pool_side_by_side():
+    """States of several layers pool row by row, and no row sees another."""
+    a, b, c, d = (moments(normal(size, seed=size)) for size in (3, 5, 7, 9))
+    pooled = pool(torch.stack([a, b]), torch.stack([c, d]))
+    assert torch.equal(pooled, torch.stack([pool(a, c), pool(b, d)]))
+
+
+def test_the_state_is_float64_whatever_the_input():
+    """Counts and sums of many small batches stay exact: the state is float64 even of half-precision values."""
+    assert moments(normal(4).half()).dtype == moments(normal(4)).dtype == torch.float64
+    assert blank(3, torch.device("cpu")).shape == (3, 5)
+
+
+def test_nothing_is_read_on_the_host():
+    """Measuring and pooling queue work on the device and wait for nothing."""
+    x = normal(20)
+    with NoHostRead():
+        row = pool(moments(x), moments(x.half()))
+    assert row[COUNT] == 40
+    assert row[ABSMAX] > 0
+
+
+def test_the_watch_for_host_reads_catches_one():
+    """The watch used above sees a planted read."""
+    with NoHostRead(), pytest.raises(AssertionError, match="read on the host"):
+        normal(1).item()
+
+
+def test_measuring_works_without_memory():
+    """On the meta device, where there is nothing to read, the row has its shape."""
+    row = pool(moments(torch.empty(4, 5, device="meta")), blank(1, torch.device("meta"))[0])
+    assert (row.shape, row.dtype) == ((5,), torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("m2", "std"),
+    [
+        pytest.param(8.0, 2.0, id="positive"),
+        pytest.param(0.0, 0.0, id="zero"),
+        pytest.param(-1e-30, 0.0, id="just below zero by rounding"),
+        pytest.param(math.inf, math.inf, id="infinite"),
+    ],
+)
+def test_the_standard_deviation_is_the_root_of_the_mean_square(m2, std):
+    """The biased standard deviation is √(m2 / count), and a rounding error below 0 counts as 0."""
+    assert summarize(torch.tensor([2.0, 1.0, m2, 1.0, 0.0], dtype=torch.float64)).std == std

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""House rules that a machine can hold: sizes, docstrings, arguments that are documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import lightning_bn
+from lightning_bn.callbacks.base import Monitor
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(lightning_bn.__file__).parent
+CALLBACKS = ["ActivationMonitor", "BatchNormMonitor", "NaNGuard", "WeightInit"]
+
+
+def functions(path):
+    tree = ast.parse(path.read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_files_and_functions_stay_small(path):
+    """A file has at most 300 lines, a function body at most 40."""
+    assert len(path.read_text().splitlines()) <= 300
+    for node in functions(path):
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        assert not body or body[-1].end_lineno - body[0].lineno + 1 <= 40, node.name
+
+
+def test_every_test_says_what_it_claims():
+    """Each test has a docstring of one sentence."""
+    silent = [
+        f"{path.name}::{node.name}"
+        for path in sorted(ROOT.joinpath("tests").rglob("test_*.py"))
+        for node in functions(path)
+        if node.name.startswith("test_") and not (ast.get_docstring(node) or "").endswith(".")
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_the_docstring_documents_exactly_the_constructors_arguments(name):
+    """``Args:`` of a callback lists its constructor's arguments, in order: LightningCLI's help is made from it."""
+    callback = getattr(lightning_bn, name)
+    section = re.search(r"Args:\n(.*?)\n\n", inspect.getdoc(callback), re.DOTALL).group(1)
+    documented = re.findall(r"^    (\w+): ", section, re.MULTILINE)
+    assert documented == list(inspect.signature(callback).parameters)
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_arguments_are_few_keyword_only_and_never_carried_over(name):
+    """At most eight arguments, keyword-only after the first, none with a name that LightningCLI carries over."""
+    parameters = list(inspect.signature(getattr(lightning_bn, name)).parameters.values())
+    assert len(parameters) <= 8
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[1:])
+    assert not {parameter.name for parameter in parameters} & {
+        "mode",
+        "monitor",
+        "verbose",
+        "patience",
+        "every_n_epochs",
+    }
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_every_hook_is_shielded_or_says_why_not(name):
+    """A hook that Lightning calls either is shielded or calls nothing but shielded methods and collectives."""
+    unshielded = {
+        "WeightInit": {"setup"},
+        "NaNGuard": {
+            "on_fit_start",
+            "on_train_batch_start",
+            "on_before_backward",
+            "on_before_optimizer_step",
+            "on_train_batch_end",
+            "on_exception",
+        },
+        "ActivationMonitor": {"on_train_start", "on_train_batch_start", "on_train_batch_end"},
+        "BatchNormMonitor": {"setup", "on_train_end", "on_exception"},
+    }
+    callback = getattr(lightning_bn, name)
+    hooks = {key for key in vars(callback) if key.startswith("on_") or key == "setup"}
+    assert {key for key in hooks if not hasattr(vars(callback)[key], "__wrapped__")} == unshielded[name]
+
+
+def test_monitors_share_one_base_class():
+    """Every callback is a Monitor, whose hooks open and close what belongs to a fit."""
+    assert all(issubclass(getattr(lightning_bn, name), Monitor) for name in CALLBACKS)
