@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -48,7 +49,7 @@ class FindingsFile:
             file.write(f"{line}\n".encode())
 
 
-def read_findings(log_dir: str) -> list[Finding]:
+def read_findings(log_dir: str | os.PathLike[str]) -> list[Finding]:
     """The findings of a run, in the order in which they were said.
 
     A line that is no finding, such as one that a killed process left unfinished, is passed over with a warning:
@@ -60,7 +61,8 @@ def read_findings(log_dir: str) -> list[Finding]:
     Returns:
         The findings; an empty list where nothing was ever found.
     """
-    path = log_dir if log_dir.endswith(".jsonl") else FindingsFile(log_dir).path
+    path = os.fspath(log_dir)
+    path = path if path.endswith(".jsonl") else FindingsFile(path).path
     filesystem, place = fsspec.core.url_to_fs(path)
     if not filesystem.exists(place):
         return []

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training script for two processes, started by test_ddp.py; each rank leaves a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from specimens import Healthy, LogOfNegative, loader, network, with_module
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard, NonFiniteError, WeightInit
+from lightning_bn.callbacks.base import shielded
+from lightning_bn.demo import DigitsData, DigitsResNet
+
+warnings.simplefilter("ignore")
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+
+
+class BreaksOnRankOne(ActivationMonitor):
+    """Has an error of its own on one rank alone, in its second measured step."""
+
+    @shielded
+    def _hear(self, *args):
+        assert not (RANK == 1 and self.statistics), "a bug of ours on rank 1"
+        return super()._hear(*args)
+
+
+class Sharded(Healthy):
+    """Rank 0 sees the first 5 samples of each batch of 8, rank 1 the other 3."""
+
+    def __init__(self):
+        super().__init__(network(norm=False), lr=0.0)
+
+    def train_dataloader(self):
+        x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
+        mine = [i for i in range(len(x)) if (i % 8 < 5) == (RANK == 0)]
+        return DataLoader(TensorDataset(x[mine], y[mine]), 5 if RANK == 0 else 3)
+
+
+class OwnData(Healthy):
+    """The same batches on both ranks, with a planted NaN on rank 1 on request."""
+
+    def __init__(self, net=None, plant=False):
+        super().__init__(net)
+        self.plant = plant
+
+    def train_dataloader(self):
+        def change(inputs):
+            inputs[5, 3] = float("nan")
+
+        return loader(plant=change if self.plant and RANK == 1 else None)
+
+
+def demo():
+    return [WeightInit(), NaNGuard(), ActivationMonitor(every_n_steps=2), BatchNormMonitor()], DigitsResNet()
+
+
+SCENARIOS = {
+    "demo": demo,
+    "pooled": lambda: ([ActivationMonitor(every_n_steps=1)], Sharded()),
+    "init": lambda: ([WeightInit(seed=None if RANK else 5)], OwnData()),
+    "nan on rank 1": lambda: ([NaNGuard("raise")], OwnData(plant=True)),
+    "stop on rank 1": lambda: ([NaNGuard("stop")], OwnData(plant=True)),
+    "nan on both": lambda: ([NaNGuard("raise")], OwnData(with_module(LogOfNegative()))),
+    "breaks on rank 1": lambda: ([BreaksOnRankOne(every_n_steps=1), BatchNormMonitor()], OwnData()),
+}
+
+
+def weights_of(model: LightningModule) -> float:
+    return sum(float(parameter.double().abs().sum()) for parameter in model.parameters())
+
+
+def main(scenario: str, root: str) -> None:
+    seed_everything(1 if scenario != "init" else 1 + RANK)
+    callbacks, model = SCENARIOS[scenario]()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)),
+        use_distributed_sampler=scenario == "demo",
+        max_epochs=2,
+        log_every_n_steps=2,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(root, name="run", version=0),
+    )
+    error = None
+    try:
+        trainer.fit(model, datamodule=DigitsData() if scenario == "demo" else None)
+    except NonFiniteError as raised:
+        error = str(raised)
+    monitor = callbacks[0]
+    rows = {name: vars(row) for name, row in getattr(monitor, "statistics", {}).items()}
+    report = {
+        "rank": RANK,
+        "steps": trainer.global_step,
+        "error": error,
+        "off": [callback.off for callback in callbacks],
+        "findings": [finding.rule for callback in callbacks for finding in callback.findings],
+        "weights": weights_of(model),
+        "rows": rows,
+    }
+    Path(root, f"rank{RANK}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, and the recipes in projects that know nothing of this package."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_bn import read_findings
+
+ROOT = Path(__file__).parent.parent
+HOSTS = Path(__file__).parent / "hosts"
+RECIPES = ROOT / "recipes"
+pytestmark = pytest.mark.slow
+
+
+SICK = """
+import torch
+from lightning_bn.demo.models import Classifier
+
+class Log(torch.nn.Module):
+    def forward(self, x):
+        return torch.log(x.flatten(1))
+
+class Net(Classifier):
+    def __init__(self):
+        super().__init__(torch.nn.Sequential(torch.nn.Flatten(), Log(), torch.nn.Linear(64, 10)), 1e-3)
+"""
+
+
+def run(folder, *words, check=True):
+    """Run a command in an empty folder; its output is plain text, as wide as it needs."""
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0 or not check, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def found(folder):
+    """All findings below a folder."""
+    return [finding for path in sorted(folder.rglob("findings.jsonl")) for finding in read_findings(path)]
+
+
+def test_the_demo_ends_with_a_table_and_the_tensorboard_command(tmp_path):
+    """``lightning-bn fit --config recipes/digits.yaml`` trains, tells what it found and how to look at it."""
+    done = run(tmp_path, "-m", "lightning_bn", "fit", "--config", RECIPES / "digits.yaml", "--trainer.max_epochs", "2")
+    assert "affine-drift" in done.stdout
+    assert "what was seen, and what to do" in done.stdout
+    assert "tensorboard --logdir lightning_logs" in done.stdout
+    assert [finding.rule for finding in found(tmp_path)] == ["affine-drift"]
+
+
+def test_a_fault_ends_with_the_table_and_a_short_error(tmp_path):
+    """A run that the guard stops shows the finding in the table, exits with 1 and shows no traceback."""
+    (tmp_path / "sick.py").write_text(SICK)
+    done = run(
+        tmp_path,
+        *("-m", "lightning_bn", "fit", "--config", RECIPES / "digits.yaml", "--model", "sick.Net"),
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "non-finite-output" in done.stdout
+    assert "tensorboard --logdir" in done.stdout
+    assert "NonFiniteError: lightning_bn error: non-finite-output net.1" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [finding.layer for finding in found(tmp_path)] == ["net.1"]
+
+
+@pytest.mark.parametrize("project", ["train_lightning.py", "train_pytorch_lightning.py"])
+def test_the_recipe_is_appended_to_any_project(tmp_path, project):
+    """``--config recipes/diagnose.yaml`` after the project's own adds the monitors and keeps its callbacks."""
+    run(tmp_path, HOSTS / project, "fit", "--config", HOSTS / "base.yaml", "--config", RECIPES / "diagnose.yaml")
+    (saved,) = tmp_path.rglob("config.yaml")
+    classes = [entry["class_path"] for entry in yaml.safe_load(saved.read_text())["trainer"]["callbacks"]]
+    assert [name.rpartition(".")[2] for name in classes] == [
+        "LearningRateMonitor",
+        "NaNGuard",
+        "ActivationMonitor",
+        "BatchNormMonitor",
+    ]
+    assert [finding.rule for finding in found(tmp_path)] == ["affine-drift"]
+
+
+@pytest.mark.parametrize("project", ["train_lightning.py", "train_pytorch_lightning.py"])
+def test_the_recipe_finds_a_planted_fault_in_any_project(tmp_path, project):
+    """The same project with a NaN inside ends with a report that names the first bad module."""
+    done = run(
+        tmp_path,
+        *(HOSTS / project, "fit", "--config", HOSTS / "base.yaml", "--config", RECIPES / "diagnose.yaml"),
+        *("--model.scale", ".nan"),
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "NonFiniteError" in done.stderr
+    assert found(tmp_path)[0].severity.value == "error"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_says_how_to_run_it_and_names_full_class_paths(recipe):
+    """Each recipe opens with question, command, one change, limits and what one sees."""
+    text = recipe.read_text()
+    assert all(f"# {word}:" in text for word in ("Run", "Change", "Limits", "You see"))
+    assert text.splitlines()[0].endswith("?")
+    content = yaml.safe_load(text)
+    if recipe.stem != "digits":
+        assert list(content) == ["trainer"]
+        assert list(content["trainer"]) == ["callbacks+"]
+        assert all(entry["class_path"].startswith("lightning_bn.") for entry in content["trainer"]["callbacks+"])
+
+
+def test_the_recipes_change_line_works(tmp_path):
+    """The override that the recipe's header shows addresses the last callback."""
+    run(
+        tmp_path,
+        *(HOSTS / "train_lightning.py", "fit", "--config", HOSTS / "base.yaml"),
+        *("--config", RECIPES / "diagnose.yaml", "--trainer.callbacks.watch", "my_validation_loss"),
+    )
+    assert any("my_validation_loss" in finding.evidence for finding in found(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("callback", "argument", "value", "words"),
+    [
+        pytest.param("ActivationMonitor", "every_n_steps", 0, "every_n_steps must be a whole number", id="interval"),
+        pytest.param("WeightInit", "scheme", "hee", "he, xavier, naive", id="scheme"),
+        pytest.param("NaNGuard", "action", 3, "raise, stop, warn", id="action"),
+        pytest.param("NaNGuard", "actoin", "raise", "actoin", id="misspelt argument"),
+    ],
+)
+def test_bad_arguments_are_refused_through_the_command_line(tmp_path, callback, argument, value, words):
+    """The error names the argument, what it needs and what it got."""
+    config = {"trainer": {"callbacks+": [{"class_path": f"lightning_bn.{callback}", "init_args": {argument: value}}]}}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(config))
+    done = run(
+        tmp_path,
+        *(HOSTS / "train_lightning.py", "fit", "--config", HOSTS / "base.yaml", "--config", "bad.yaml"),
+        check=False,
+    )
+    assert done.returncode != 0
+    message = done.stderr.replace("'", "")
+    assert argument in message
+    assert str(value) in message
+    assert all(word in message for word in words.replace(",", "").split())
+
+
+def test_a_glob_that_matches_nothing_warns_through_the_command_line(tmp_path):
+    """The run goes on; the console names argument, need, got and the nearest names."""
+    done = run(
+        tmp_path,
+        *(HOSTS / "train_lightning.py", "fit", "--config", HOSTS / "base.yaml"),
+        *("--trainer.callbacks+", "lightning_bn.ActivationMonitor", "--trainer.callbacks.layers", "[bodi.*]"),
+    )
+    assert "layers needs patterns that match a module name, got 'bodi.*'" in done.stderr
+    assert "the nearest names are: body" in done.stderr
+
+
+@pytest.mark.parametrize("callback", ["WeightInit", "NaNGuard", "ActivationMonitor", "BatchNormMonitor"])
+def test_help_tells_a_stranger_what_every_argument_does(tmp_path, callback):
+    """``--trainer.callbacks.help`` prints the purpose and, for each argument, meaning, choices and default."""
+    done = run(tmp_path, "-m", "lightning_bn", "fit", "--trainer.callbacks.help", f"lightning_bn.{callback}")
+    assert "--trainer.callbacks.ignore" in done.stdout
+    assert "slugs of findings that are" in done.stdout
+    expected = {
+        "WeightInit": ["Initialise the model before training", "{he,xavier,naive}"],
+        "NaNGuard": ["Check the first training step in full", "{raise,stop,warn}", "whose message is the report"],
+        "ActivationMonitor": ["share of zeros", "shell patterns on module names"],
+        "BatchNormMonitor": ["γ and β", "smaller is better"],
+    }
+    text = " ".join(done.stdout.split())
+    assert all(" ".join(words.split()) in text for words in expected[callback])
+
+
+def test_a_run_that_is_killed_leaves_a_readable_findings_file(tmp_path):
+    """``kill -9`` in the middle of training: what was found until then is on disk and readable."""
+    words = [
+        *(sys.executable, str(HOSTS / "train_lightning.py"), "fit", "--config", str(HOSTS / "base.yaml")),
+        *("--trainer.max_epochs", "100000", "--trainer.callbacks+", "lightning_bn.ActivationMonitor"),
+        *("--trainer.callbacks.layers", "[nothing.*]"),
+    ]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not found(tmp_path) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1.0)  # in the middle of training by now
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert [finding.rule for finding in found(tmp_path)] == ["unmatched-layers"]

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes with gloo: statistics are pooled, decisions are shared, and there is one report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import seed_everything
+from specimens import Healthy, loader, network
+
+from lightning_bn import ActivationMonitor, read_findings
+
+SCRIPT = Path(__file__).parent / "ddp_script.py"
+pytestmark = pytest.mark.slow
+
+
+def run(scenario, root):
+    """Start both processes; their reports by rank."""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), scenario, str(root)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    reports = sorted(Path(root).glob("rank*.json"))
+    assert len(reports) == 2, (done.stdout + done.stderr)[-4000:]
+    return [json.loads(report.read_text()) for report in reports]
+
+
+def test_both_ranks_run_the_demo_with_all_callbacks_and_write_one_report(tmp_path):
+    """The demo ends on both ranks with equal weights; the first rank alone reports."""
+    ranks = run("demo", tmp_path)
+    assert ranks[0]["steps"] == ranks[1]["steps"] == 18
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert not any(ranks[0]["off"] + ranks[1]["off"])
+    assert (ranks[0]["findings"], ranks[1]["findings"]) == (["affine-drift"], [])
+    assert [finding.rule for finding in read_findings(tmp_path / "run" / "version_0")] == ["affine-drift"]
+
+
+def test_statistics_are_those_of_the_joined_batch(tmp_path, make_trainer):
+    """Unequal halves of a batch on two ranks give the same numbers as the whole batch in one process."""
+    ranks = run("pooled", tmp_path)
+    seed_everything(1)
+    alone = ActivationMonitor(every_n_steps=1)
+    make_trainer(alone).fit(Healthy(network(norm=False), lr=0.0), loader())
+    assert set(ranks[0]["rows"]) == set(alone.statistics)
+    for name, row in ranks[0]["rows"].items():
+        assert row == pytest.approx(vars(alone.statistics[name]), rel=1e-6), name
+    assert ranks[1]["rows"] == ranks[0]["rows"]
+
+
+def test_ranks_start_from_the_weights_of_the_first_rank(tmp_path):
+    """Different seeds on the ranks do not matter: the first rank's counts."""
+    ranks = run("init", tmp_path)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "layer", "words"),
+    [
+        pytest.param("nan on rank 1", None, "batch[0], sample 5", id="one rank"),
+        pytest.param("nan on both", "net.2", "LogOfNegative", id="both ranks"),
+    ],
+)
+def test_a_fault_raises_on_all_ranks_together_and_is_reported_once(tmp_path, scenario, layer, words):
+    """Both ranks leave the fit with the same message; the file has one line, which names the rank."""
+    ranks = run(scenario, tmp_path)
+    assert ranks[0]["error"] == ranks[1]["error"]
+    assert words in ranks[0]["error"]
+    (finding,) = read_findings(tmp_path / "run" / "version_0")
+    assert finding.layer == layer
+    assert finding.data["rank"] == (0 if layer else 1)
+
+
+def test_stop_ends_all_ranks_cleanly(tmp_path):
+    """A fault on one rank stops both after the same step, without an error."""
+    ranks = run("stop on rank 1", tmp_path)
+    assert ranks[0]["error"] is ranks[1]["error"] is None
+    assert ranks[0]["steps"] == ranks[1]["steps"] == 1
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+def test_a_monitor_that_fails_on_one_rank_is_off_on_all_and_training_goes_on(tmp_path):
+    """No rank waits for the other's statistics: training ends as planned, and the file says what happened."""
+    ranks = run("breaks on rank 1", tmp_path)
+    assert ranks[0]["steps"] == ranks[1]["steps"] == 8
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    findings = read_findings(tmp_path / "run" / "version_0")
+    assert [finding.data["rank"] for finding in findings if finding.rule == "monitor-failed"] == [1]
+    assert sum("the monitor failed on another process" in finding.evidence for finding in findings) == 1
+    assert [finding.rule for finding in findings][-1] == "affine-drift"
