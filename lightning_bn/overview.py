@@ -70,13 +70,14 @@ def drift_overview(
         since_best: the same from the values at the best validation; empty before the first one.
 
     Returns:
-        ``gamma_drift``, ``beta_drift``, ``gamma_drift_since_best`` and ``beta_drift_since_best``, each as median,
-        largest and smallest over the layers.
+        ``gamma_drift`` and ``beta_drift`` as median, largest and smallest over the layers;
+        ``gamma_drift_since_best_max`` and ``beta_drift_since_best_max``.
     """
     found: dict[str, float] = {}
-    for suffix, pairs in (("", list(since_start)), ("_since_best", list(since_best))):
-        for name, values in zip(("gamma_drift", "beta_drift"), zip(*pairs, strict=True), strict=False):
-            found |= spread(f"{name}{suffix}", values)
+    for name, values in zip(("gamma_drift", "beta_drift"), zip(*since_start, strict=True), strict=False):
+        found |= spread(name, values)
+    for name, values in zip(("gamma_drift", "beta_drift"), zip(*since_best, strict=True), strict=False):
+        found[f"{PREFIX}{name}_since_best_max"] = max(values)
     return found
 
 

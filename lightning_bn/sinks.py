@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -34,6 +35,12 @@ class FindingsFile:
 
     def __init__(self, log_dir: str) -> None:
         self.path = f"{log_dir.rstrip('/')}/{FOLDER}/{FILE}"
+
+    @property
+    def shown(self) -> str:
+        """The path as a person would type it: relative where it lies below the working directory."""
+        path, here = Path(self.path), Path.cwd()
+        return str(path.relative_to(here)) if path.is_relative_to(here) else self.path
 
     def append(self, finding: Finding, **context: Any) -> None:
         """Write one finding with the present time (UTC) and the given context."""

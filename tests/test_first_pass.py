@@ -63,11 +63,12 @@ def test_calls_come_in_the_order_in_which_they_return():
 
 def test_a_call_holds_what_went_in_and_came_out():
     """Census of inputs and outputs, dtype, shapes and the largest weight are those of the call."""
-    seen = record(filled_linear(-4.0), torch.tensor([[1.0, INF], [-3.0, 2.0]]))
-    (call,) = seen.calls
+    seen = record(nn.Sequential(nn.Identity(), filled_linear(-4.0)), torch.tensor([[1.0, INF], [-3.0, 2.0]]))
+    identity, call, _ = seen.calls
     assert call.inputs == Census(4, 0, 1, 0, 3.0)
     assert (call.outputs.count, call.outputs.largest) == (4, 12.0)
     assert (call.dtype, call.shapes, call.largest_weight) == (torch.float32, ((2, 2),), 4.0)
+    assert identity.largest_weight is None
 
 
 def test_a_module_that_is_called_twice_is_two_calls():

@@ -104,6 +104,21 @@ def test_bytes_that_are_no_text_are_passed_over_with_a_warning(written):
         assert read_findings(str(written)) == ALL
 
 
+@pytest.mark.parametrize(
+    ("log_dir", "shown"),
+    [
+        pytest.param("{here}/logs/run", "logs/run/lightning_bn/findings.jsonl", id="below"),
+        pytest.param("{here}-other", "{here}-other/lightning_bn/findings.jsonl", id="beside"),
+        pytest.param("logs", "logs/lightning_bn/findings.jsonl", id="relative"),
+        pytest.param("s3://bucket/run", "s3://bucket/run/lightning_bn/findings.jsonl", id="URL"),
+    ],
+)
+def test_the_path_is_shown_as_a_person_would_type_it(tmp_path, monkeypatch, log_dir, shown):
+    """A path below the working directory is shown relative to it, any other as it is."""
+    monkeypatch.chdir(tmp_path)
+    assert FindingsFile(log_dir.format(here=tmp_path)).shown == shown.format(here=tmp_path)
+
+
 def test_a_file_can_lie_behind_a_url(tmp_path):
     """Any file system that fsspec can append to will do."""
     url = f"memory://{tmp_path.name}"

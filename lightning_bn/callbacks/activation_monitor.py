@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +37,7 @@ class ActivationMonitor(Monitor):
             submodules.
         every_n_steps: measure each so many optimizer steps, at least 1; None follows the trainer's
             ``log_every_n_steps``.
-        ignore: slugs of findings that are not to be reported, such as ``unmatched-layers``.
+        ignore: slugs of findings that are not to be reported, out of unmatched-layers, not-watched.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -54,7 +53,7 @@ class ActivationMonitor(Monitor):
         layers: str | list[str] | None = None,
         *,
         every_n_steps: int | None = None,
-        ignore: Sequence[str] | None = None,
+        ignore: list[str] | None = None,
     ) -> None:
         super().__init__(ignore=ignore)
         self.layers = check_strings("layers", layers)
@@ -67,6 +66,7 @@ class ActivationMonitor(Monitor):
         self._rows: dict[str, int] = {}
         self._state: Tensor | None = None
         self._switched_off = False
+        self._heard = False
 
     @shielded
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,7 +137,7 @@ class ActivationMonitor(Monitor):
 
     @shielded
     def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        state = self._state
+        state, self._heard = self._state, True
         if state is None:
             return
         place = self._rows[name]
@@ -163,8 +163,8 @@ class ActivationMonitor(Monitor):
             pooled = pool(pooled, other)
         rows = {name: summarize(pooled[place]) for name, place in self._rows.items()}
         self.statistics = {name: row for name, row in rows.items() if row.count}
-        if not self.statistics:
-            why = "none of their forward passes was heard"
-            self.emit(not_watched(f"{len(rows)} layers", why, "call modules, not their forward methods"))
-        elif self.live.trainer.is_global_zero:
+        if not self._heard:
+            how = "call modules, not their forward methods"
+            self.emit(not_watched(", ".join(rows), "no forward pass was heard in a whole step", how))
+        if self.statistics and self.live.trainer.is_global_zero:
             Loggers(self.live.trainer.loggers).numbers(activation_overview(self.statistics), step_of(self.live.trainer))

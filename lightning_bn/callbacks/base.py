@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -92,11 +92,11 @@ class Monitor(Identity, _Callback):
         ignore: slugs of rules that are not to be reported.
     """
 
-    def __init__(self, *, ignore: Sequence[str] | None = None) -> None:
+    def __init__(self, *, ignore: list[str] | None = None) -> None:
         self.ignore = check_rules("ignore", ignore)
         self.findings: list[Finding] = []
         self.off = False
-        self._said: dict[tuple[str, str | None], Severity] = {}
+        self._said: dict[tuple[str, str | None, str], Severity] = {}
         self._live: Live | None = None
 
     @property
@@ -136,7 +136,9 @@ class Monitor(Identity, _Callback):
         """
         if finding is None or finding.rule in self.ignore:
             return
-        trainer, key = self.live.trainer, (finding.rule, finding.layer)
+        # Of faults, the same rule on the same layer is the same fault; notes are the same if they say the same.
+        note = finding.evidence if finding.severity is Severity.INFO else ""
+        trainer, key = self.live.trainer, (finding.rule, finding.layer, note)
         said = self._said.get(key)
         if not (any_rank or trainer.is_global_zero) or (said and not repeat and not finding.severity.outweighs(said)):
             return
@@ -162,11 +164,12 @@ class Monitor(Identity, _Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was reported so far, so that a resumed run does not repeat it; called by Lightning."""
-        return {"said": [[rule, layer, severity.value] for (rule, layer), severity in self._said.items()]}
+        return {"said": [[*key, severity.value] for key, severity in self._said.items()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; called by Lightning."""
-        self._said = {(rule, layer): Severity(severity) for rule, layer, severity in state_dict.get("said", [])}
+        said = state_dict.get("said", [])
+        self._said = {(rule, layer, note): Severity(severity) for rule, layer, note, severity in said}
 
     @shielded
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -208,7 +211,7 @@ class Monitor(Identity, _Callback):
         loggers, step = Loggers(trainer.loggers), step_of(trainer)
         loggers.numbers({"bn_overview/findings": float(len(findings))}, step)
         loggers.text("bn_report", markdown_report(findings), step)
-        print_above_bar(trainer, f"lightning_bn: {tally(findings)}; {self.live.file.path}")
+        print_above_bar(trainer, f"lightning_bn: {tally(findings)}; {self.live.file.shown}")
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:

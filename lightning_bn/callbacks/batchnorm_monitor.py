@@ -39,7 +39,7 @@ class BatchNormMonitor(Monitor):
         watch: name under which the project logs its validation loss; smaller is better.
         every_n_steps: log the drift each so many optimizer steps, at least 1; None follows the trainer's
             ``log_every_n_steps``.
-        ignore: slugs of findings that are not to be reported, such as ``affine-drift``.
+        ignore: slugs of findings that are not to be reported, out of affine-drift, not-watched.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -53,7 +53,7 @@ class BatchNormMonitor(Monitor):
         watch: str = "val_loss",
         *,
         every_n_steps: int | None = None,
-        ignore: Sequence[str] | None = None,
+        ignore: list[str] | None = None,
     ) -> None:
         super().__init__(ignore=ignore)
         if not isinstance(watch, str) or not watch:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -40,7 +40,8 @@ class NaNGuard(Monitor):
     Args:
         action: what to do about a fault: ``raise`` a NonFiniteError whose message is the report; ``stop`` the
             trainer after this step, without the weight update of it; ``warn`` and let training go on.
-        ignore: slugs of findings that are neither reported nor acted upon, such as ``poisoned-running-statistics``.
+        ignore: slugs of findings that are neither reported nor acted upon, out of non-finite-input,
+            non-finite-parameter, non-finite-output, non-finite-loss, poisoned-running-statistics, not-watched.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -49,7 +50,7 @@ class NaNGuard(Monitor):
         ``Trainer(callbacks=[lightning_bn.NaNGuard()])``
     """
 
-    def __init__(self, action: Action = "raise", *, ignore: Sequence[str] | None = None) -> None:
+    def __init__(self, action: Action = "raise", *, ignore: list[str] | None = None) -> None:
         super().__init__(ignore=ignore)
         check_choice("action", action, get_args(Action))
         self.action: Action = action

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +35,7 @@ class WeightInit(Monitor):
             N(0, 2 / (fan_in + fan_out)), for tanh, sigmoid or linear ones (Glorot & Bengio 2010, eq. 12); ``naive``
             = N(0, 0.01²), whatever the layer.
         seed: seed of the weights, at least 0; None takes the seed of ``seed_everything``, or else of this process.
-        ignore: slugs of findings that are not to be reported, such as ``not-initialised``.
+        ignore: slugs of findings that are not to be reported, out of not-initialised.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -44,7 +44,7 @@ class WeightInit(Monitor):
         ``Trainer(callbacks=[lightning_bn.WeightInit("he")])``
     """
 
-    def __init__(self, scheme: Scheme = "he", *, seed: int | None = None, ignore: Sequence[str] | None = None) -> None:
+    def __init__(self, scheme: Scheme = "he", *, seed: int | None = None, ignore: list[str] | None = None) -> None:
         super().__init__(ignore=ignore)
         check_choice("scheme", scheme, SCHEMES)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):

@@ -255,11 +255,11 @@ def test_drift_is_told_with_what_validation_did(watched, said, unsaid):
 
 def test_drift_is_a_note_with_median_and_largest_layer():
     """Movement alone is a note: median over the layers, and the layer that moved most; without layers it is silent."""
-    finding = affine_drift({"a": (0.1, 0.02), "b": (0.6, 0.3), "c": (0.2, 0.04)}, None, None)
+    finding = affine_drift({"a": (0.1, 0.3), "b": (0.6, 0.02), "c": (0.2, 0.04)}, None, None)
     assert finding.severity is Severity.INFO
     assert "3 BatchNorm layers" in finding.evidence
     assert "γ moved by 20.0% of its norm (median; most 60.0% in b), β by 4.0% (most 30.0%)" in finding.evidence
-    assert finding.data["since_start"]["b"] == [0.6, 0.3]
+    assert finding.data["since_start"]["b"] == [0.6, 0.02]
     assert affine_drift({}, None, None) is None
 
 

@@ -134,7 +134,7 @@ def test_censuses_add():
 
 def test_adding_nothing_changes_nothing():
     """The empty census is the identity of addition."""
-    found = Census(3, 1, 0, 1, 2.0)
+    found = Census(3, 1, 0, 1, 0.5)
     assert found + NOTHING == NOTHING + found == found
 
 

@@ -171,6 +171,7 @@ def test_infinity_leaves_range_and_zero_share_known(infinity):
         pytest.param([normal(50) + 1e4, normal(70, seed=1) - 1e4], id="distant means"),
         pytest.param([normal(40) * 1e30, normal(5, seed=1) * 1e-30], id="distant scales"),
         pytest.param([normal(40).half(), normal(5, seed=1).double()], id="different dtypes"),
+        pytest.param([normal(30).relu(), torch.zeros(4), normal(9, seed=1)], id="zeros in some parts"),
         pytest.param([normal(1), normal(1, seed=1), normal(9, seed=2), normal(40, seed=3)], id="four parts"),
     ],
 )
