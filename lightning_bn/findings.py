@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Severity(str, Enum):
-    """How bad a finding is; members compare by weight.
+    """How bad a finding is.
 
     Example:
         >>> Severity.ERROR.outweighs(Severity.WARNING)

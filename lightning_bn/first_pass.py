@@ -28,7 +28,7 @@ class Call:
         inputs: census of all floating-point inputs together.
         outputs: census of all floating-point outputs together.
         dtype: dtype of the first floating-point output, such as ``torch.float16``.
-        shapes: shapes of the floating-point inputs.
+        shapes: shapes of all input tensors; empty where no tensor was found among the inputs.
         largest_weight: largest absolute value of the module's own parameters; None without parameters.
     """
 
@@ -39,11 +39,6 @@ class Call:
     dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]
     largest_weight: float | None
-
-    @property
-    def is_culprit(self) -> bool:
-        """Whether what comes out is worse than what went in."""
-        return self.outputs.level > self.inputs.level
 
 
 @dataclass(frozen=True)
@@ -71,6 +66,7 @@ class Pass:
         calls: module calls in the order in which they returned.
         loss: census of the loss; None where there was none.
         statistics: running statistics of each BatchNorm layer, before and after the pass.
+        unseen: modules that could not be listened to, by path, with the reason.
         failed: whether the step ended in an exception.
     """
 
@@ -79,17 +75,24 @@ class Pass:
     calls: tuple[Call, ...]
     loss: Census | None
     statistics: Mapping[str, tuple[Census, Census]]
+    unseen: Mapping[str, str]
     failed: bool = False
+
+
+@dataclass(frozen=True)
+class _Came:
+    rows: list[Tensor]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class _Heard:
     layer: str
     kind: str
-    inputs: list[Tensor]
+    inputs: _Came
     outputs: list[Tensor]
     dtype: torch.dtype
-    shapes: tuple[tuple[int, ...], ...]
+    own: tuple[str, ...]
 
 
 class Recorder:
@@ -100,11 +103,16 @@ class Recorder:
     Args:
         model: the network.
         batch: the batch that it is about to see, any nested container.
+        compiled: whether the model as a whole is compiled, so that no module can be listened to.
     """
 
-    def __init__(self, model: nn.Module, batch: Any) -> None:
-        self.choice = choose(model, leaves_only=False)
+    def __init__(self, model: nn.Module, batch: Any, *, compiled: bool = False) -> None:
+        choice = choose(model, leaves_only=False)
+        self.layers = {} if compiled else choice.layers
+        self.unseen = {"": "it is compiled (torch.compile)"} if compiled else choice.unseen
         self._norms = find_batchnorm(model)
+        self._names = {id(x): plain_name(name) for name, x in model.named_parameters()}
+        self._expected: dict[int, list[_Came]] = {}
         self._heard: list[_Heard] = []
         self._batch = tuple(_places(batch))
         self._weights = dict(_weights(model))
@@ -112,15 +120,23 @@ class Recorder:
 
     def listen(self) -> AbstractContextManager[None]:
         """The block in which the pass runs."""
-        return listen(self.choice.layers, self.hear)
+        return listen(self.layers, self.hear, self.expect)
 
-    def hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Take the census of one module call."""
-        came, went = _measurable(inputs), _measurable(output)
+    def expect(self, name: str, module: nn.Module, inputs: Any) -> None:  # noqa: ARG002  (signature of taps.Expect)
+        """Take the census of what a module is about to see, which it may change in place."""
+        tensors = [x for _, x in tensors_in(inputs)]
+        came = _Came([census(x) for x in tensors if is_measurable(x)], tuple(tuple(x.shape) for x in tensors))
+        self._expected.setdefault(id(module), []).append(came)
+
+    def hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002  (of taps.Hear)
+        """Take the census of what a module put out."""
+        stack = self._expected.get(id(module))
+        came = stack.pop() if stack else _Came([], ())
+        went = _measurable(output)
         if went:
-            shapes = tuple(tuple(x.shape) for x in came)
-            rows = [census(x) for x in came], [census(x) for x in went]
-            self._heard.append(_Heard(name, type(module).__name__, *rows, went[0].dtype, shapes))
+            own = tuple(self._names[id(x)] for x in module.parameters(recurse=False) if id(x) in self._names)
+            rows = [census(x) for x in went]
+            self._heard.append(_Heard(name, type(module).__name__, came, rows, went[0].dtype, own))
 
     def finish(self, loss: Tensor | None, *, failed: bool = False) -> Pass:
         """Read everything that was recorded, in one transfer for each device.
@@ -134,7 +150,7 @@ class Recorder:
         groups |= {("before", name): rows for name, rows in self._before.items()}
         groups |= {("after", name): rows for name, rows in after.items()}
         for place, heard in enumerate(self._heard):
-            groups["in", place], groups["out", place] = heard.inputs, heard.outputs
+            groups["in", place], groups["out", place] = heard.inputs.rows, heard.outputs
         groups["loss"] = [] if loss is None or not is_measurable(loss) else [census(loss)]
         seen = _read_groups(groups)
         weights = {name: seen["weight", name] for name in self._weights}
@@ -144,6 +160,7 @@ class Recorder:
             calls=tuple(self._call(place, seen, weights) for place in range(len(self._heard))),
             loss=seen["loss"] if groups["loss"] else None,
             statistics={name: (seen["before", name], seen["after", name]) for name in self._norms},
+            unseen=self.unseen,
             failed=failed,
         )
 
@@ -155,10 +172,9 @@ class Recorder:
 
     def _call(self, place: int, seen: Mapping[Any, Census], weights: Mapping[str, Census]) -> Call:
         heard = self._heard[place]
-        own = [found.largest for name, found in weights.items() if name.rpartition(".")[0] == heard.layer]
-        largest = max(own, default=None)
+        largest = max((weights[name].largest for name in heard.own if name in weights), default=None)
         inputs, outputs = seen["in", place], seen["out", place]
-        return Call(heard.layer, heard.kind, inputs, outputs, heard.dtype, heard.shapes, largest)
+        return Call(heard.layer, heard.kind, inputs, outputs, heard.dtype, heard.inputs.shapes, largest)
 
 
 def _places(batch: Any) -> Iterator[Place]:

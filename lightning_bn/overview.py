@@ -20,7 +20,7 @@ def spread(statistic: str, values: Iterable[float]) -> dict[str, float]:
         >>> spread("gain", [1.0, 3.0, float("nan")])
         {'bn_overview/gain_median': 2.0, 'bn_overview/gain_max': 3.0, 'bn_overview/gain_min': 1.0}
     """
-    known = [value for value in values if not math.isnan(value)]
+    known = _known(values)
     if not known:
         return {}
     parts = {"median": median(known), "max": max(known), "min": min(known)}
@@ -38,7 +38,7 @@ def activation_overview(layers: Mapping[str, Summary]) -> dict[str, float]:
         logarithms, so that one exploding layer does not flatten the others; 0 reads as -45) and ``zero_share``;
         ``nonfinite_layers``, the number of layers with NaN or infinity.
     """
-    rows = list(layers.values())
+    rows = [row for row in layers.values() if row.count]
     finite = [row for row in rows if math.isfinite(row.absmax)]
     return {
         **spread("mean", (row.mean for row in finite)),
@@ -77,8 +77,12 @@ def drift_overview(
     for name, values in zip(("gamma_drift", "beta_drift"), zip(*since_start, strict=True), strict=False):
         found |= spread(name, values)
     for name, values in zip(("gamma_drift", "beta_drift"), zip(*since_best, strict=True), strict=False):
-        found[f"{PREFIX}{name}_since_best_max"] = max(values)
+        found |= {f"{PREFIX}{name}_since_best_max": value for value in sorted(_known(values))[-1:]}
     return found
+
+
+def _known(values: Iterable[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
 
 
 def _log10(value: float) -> float:

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_bn.norms import find_batchnorm
+from lightning_bn.taps import plain_name
 
 Scheme = Literal["he", "xavier", "naive"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
@@ -140,16 +141,14 @@ def initialize(model: nn.Module, scheme: Scheme = "he", *, seed: int = 0) -> Rep
     skipped: dict[str, str] = {}
     done: set[int] = set()
     for name, parameter, fill in _plan(model, scheme):
-        if id(parameter) in done:
-            continue
-        done.add(id(parameter))
         reason = _unfillable(parameter)
-        if reason is None:
-            filled.append(_fill(name, parameter, fill, seed))
-        else:
+        if reason is not None:
             skipped[name] = reason
+        elif id(parameter) not in done:
+            filled.append(_fill(name, parameter, fill, seed))
+            done.add(id(parameter))
     for name, layer in find_batchnorm(model).items():
-        if f"{name}.weight" not in skipped:
+        if _inside(name, "weight") not in skipped:
             layer.reset_running_stats()
     return Report(tuple(filled), skipped)
 
@@ -172,8 +171,6 @@ class _Fill:
 def _plan(model: nn.Module, scheme: Scheme) -> Iterator[tuple[str, Tensor, _Fill]]:
     norms = {id(layer) for layer in find_batchnorm(model).values()}
     for path, module in model.named_modules():
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        prefix = f"{path}." if path else ""
         if id(module) in norms:
             weight_fill = _Fill("ones", value=1.0)
         elif isinstance(module, nn.Linear | _ConvNd | _ConvTransposeNd):
@@ -181,9 +178,14 @@ def _plan(model: nn.Module, scheme: Scheme) -> Iterator[tuple[str, Tensor, _Fill
             weight_fill = _Fill(scheme, target_std(scheme, fan_in, fan_out), fan_in=fan_in, fan_out=fan_out)
         else:
             continue
-        for suffix, tensor, fill in (("weight", weight, weight_fill), ("bias", bias, _Fill("zeros"))):
+        for name, fill in (("weight", weight_fill), ("bias", _Fill("zeros"))):
+            tensor = getattr(module, name)
             if isinstance(tensor, Tensor):
-                yield f"{prefix}{suffix}", tensor, fill
+                yield _inside(plain_name(path), name), tensor, fill
+
+
+def _inside(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _unfillable(parameter: Tensor) -> str | None:

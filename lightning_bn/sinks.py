@@ -34,7 +34,8 @@ class FindingsFile:
     """
 
     def __init__(self, log_dir: str) -> None:
-        self.path = f"{log_dir.rstrip('/')}/{FOLDER}/{FILE}"
+        root = log_dir if log_dir.endswith("://") else f"{log_dir.rstrip('/')}/"
+        self.path = f"{root}{FOLDER}/{FILE}"
 
     @property
     def shown(self) -> str:
@@ -52,8 +53,9 @@ class FindingsFile:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False)
         filesystem, path = fsspec.core.url_to_fs(self.path)
         filesystem.makedirs(filesystem._parent(path), exist_ok=True)  # noqa: SLF001  (fsspec's own path splitting)
+        cut_off = filesystem.exists(path) and filesystem.tail(path, 1) not in {b"", b"\n"}  # by a killed process
         with filesystem.open(path, "ab") as file:
-            file.write(f"{line}\n".encode())
+            file.write((b"\n" if cut_off else b"") + f"{line}\n".encode())
 
 
 def read_findings(log_dir: str | os.PathLike[str]) -> list[Finding]:
@@ -77,7 +79,7 @@ def read_findings(log_dir: str | os.PathLike[str]) -> list[Finding]:
     for number, line in enumerate(filesystem.cat_file(place).decode(errors="replace").split("\n"), start=1):
         try:
             findings.extend([Finding.from_dict(json.loads(line))] if line else [])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             warnings.warn(f"{path}, line {number}: needs one finding as JSON, got {line[:80]!r}", stacklevel=2)
     return findings
 

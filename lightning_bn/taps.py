@@ -16,6 +16,9 @@ from torch import Tensor, nn
 Hear = Callable[[str, nn.Module, Any, Any], None]
 """Called after a module's forward pass with its name, the module, ``(args, kwargs)`` and its output."""
 
+Expect = Callable[[str, nn.Module, Any], None]
+"""Called before a module's forward pass with its name, the module and ``(args, kwargs)``."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -66,21 +69,25 @@ def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only:
 
 
 @contextmanager
-def listen(layers: Mapping[str, nn.Module], hear: Hear) -> Iterator[None]:
+def listen(layers: Mapping[str, nn.Module], hear: Hear, expect: Expect | None = None) -> Iterator[None]:
     """Call ``hear`` after every forward pass of the given modules, until the block is left.
 
     A pass that activation checkpointing repeats inside backward is not heard again. What ``hear`` returns is
-    dropped: a forward hook that returns something would replace the module's output.
+    dropped: a forward hook that returns something would replace the module's output. Copies and pickles that are
+    made of a module meanwhile do not listen.
 
     Args:
         layers: module by name.
         hear: called with name, module, ``(args, kwargs)`` and output, with gradients switched off.
+        expect: called before the pass with name, module and ``(args, kwargs)``, which the pass may change in place.
     """
     with ExitStack() as handles:
         for name, module in layers.items():
-            # A plain closure: a bound method would be copied with its owner when somebody copies the model.
-            handle = module.register_forward_hook(_hook(name, hear), with_kwargs=True)
-            handles.callback(handle.remove)
+            if expect is not None:
+                before = module.register_forward_pre_hook(_Hook(name, expect), with_kwargs=True)
+                handles.callback(before.remove)
+            after = module.register_forward_hook(_Hook(name, hear), with_kwargs=True)
+            handles.callback(after.remove)
         yield
 
 
@@ -109,13 +116,27 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _hook(name: str, hear: Hear) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+class _Hook:
+    """A forward hook, or forward pre-hook, whose copies and pickles do nothing."""
+
+    def __init__(self, name: str, tell: Callable[..., None]) -> None:
+        self._name = name
+        self._tell = tell
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # noqa: SLF001  (-1: not inside backward; torch has no public name)
             with torch.no_grad():
-                hear(name, module, (args, kwargs), output)
+                self._tell(self._name, module, (args, kwargs), *output)
 
-    return hook
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _deaf
+
+    def __reduce__(self) -> str:
+        return "_deaf"
+
+
+def _deaf(*_: Any) -> None:
+    """What a hook becomes in a copy of the model."""
 
 
 def _has_children(module: nn.Module) -> bool:
@@ -125,17 +146,17 @@ def _has_children(module: nn.Module) -> bool:
 def _reachable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     layers: dict[str, nn.Module] = {}
     unseen: dict[str, str] = {}
-    hidden: list[tuple[str, str]] = []  # prefix of what lies below a compiled or scripted module
+    hidden: dict[str, str] = {}  # compiled and scripted modules
+    metrics: list[str] = []
     for path, module in model.named_modules():
-        name = plain_name(path)
-        reason = next((why for prefix, why in hidden if path.startswith(prefix)), None) or _unreachable(module)
-        if _is_metric(module):
+        if _is_metric(module) or any(_is_below(path, metric) for metric in metrics):
+            metrics.append(path)
             continue
+        reason = next((why for top, why in hidden.items() if _is_below(path, top)), None) or _unreachable(module)
         if reason is None:
-            layers[name] = module
-            continue
-        hidden.append((f"{path}." if path else "", reason))
-        unseen[name] = reason
+            layers[plain_name(path)] = module
+        else:
+            hidden[path] = unseen[plain_name(path)] = reason
     return layers, unseen
 
 

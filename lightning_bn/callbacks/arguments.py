@@ -58,9 +58,9 @@ def check_rules(name: str, value: object) -> tuple[str, ...]:
     Raises:
         ValueError: where one is no rule of this package.
     """
-    slugs = check_strings(name, value) if value else ()
-    for slug in slugs or ():
+    slugs = () if value in (None, [], ()) else check_strings(name, value) or ()
+    for slug in slugs:
         if slug not in SLUGS:
             nearest = ", ".join(get_close_matches(slug, SLUGS, n=3, cutoff=0.0))
             raise ValueError(f"{name} must name rules of lightning_bn (nearest: {nearest}), got {slug!r}")
-    return slugs or ()
+    return slugs

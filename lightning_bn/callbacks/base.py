@@ -182,7 +182,7 @@ class Monitor(Identity, _Callback):
         """Everything but what belongs to a fit in progress: copies and pickles are as good as new."""
         # Lightning hangs two methods of the model, and with them the model, on every callback of a fit.
         state = {name: value for name, value in self.__dict__.items() if name not in {"log", "log_dict"}}
-        return {**state, "_live": None}
+        return {**state, "_live": None, "_place": None}
 
     @shielded
     def _begin(self, trainer: Trainer) -> None:
@@ -211,7 +211,8 @@ class Monitor(Identity, _Callback):
         loggers, step = Loggers(trainer.loggers), step_of(trainer)
         loggers.numbers({"bn_overview/findings": float(len(findings))}, step)
         loggers.text("bn_report", markdown_report(findings), step)
-        print_above_bar(trainer, f"lightning_bn: {tally(findings)}; {self.live.file.shown}")
+        where = f"; {self.live.file.shown}" if findings else ""
+        print_above_bar(trainer, f"lightning_bn: {tally(findings)}{where}")
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:

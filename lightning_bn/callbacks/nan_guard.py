@@ -106,14 +106,16 @@ class NaNGuard(Monitor):
     @shielded
     def _listen(self, pl_module: LightningModule, batch: Any) -> None:
         self.live.hooks.close()
-        self._recorder = Recorder(pl_module, batch)
-        if is_compiled(pl_module):
-            why, how = "the LightningModule is compiled", "to see inside, fit once without torch.compile"
-            self.emit(not_watched("the inside of the first forward pass", why, how))
-            return
-        for name, why in self._recorder.choice.unseen.items():
-            self.emit(not_watched(f"the inside of {name or 'the model'}", why, layer=name))
-        self.live.hooks.enter_context(listen(self._recorder.choice.layers, self._hear))
+        self._recorder = Recorder(pl_module, batch, compiled=is_compiled(pl_module))
+        for name, why in self._recorder.unseen.items():
+            how = "to see inside, fit once without torch.compile" if "compile" in why else ""
+            self.emit(not_watched(f"the inside of {name or 'the model'}", why, how, layer=name or None))
+        self.live.hooks.enter_context(listen(self._recorder.layers, self._hear, self._expect))
+
+    @shielded
+    def _expect(self, name: str, module: nn.Module, inputs: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.expect(name, module, inputs)
 
     @shielded
     def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -46,7 +46,8 @@ def affine_drift(since_start: Drift, since_best: Drift | None, watched: Watched 
     """
     if not since_start:
         return None
-    parts = [f"{len(since_start)} BatchNorm layers; since the start {_words(since_start)}"]
+    layers = f"{len(since_start)} BatchNorm layer{'s' if len(since_start) > 1 else ''}"
+    parts = [f"{layers}; since the start {_words(since_start)}"]
     if since_best is None or watched is None:
         parts.append("whether the validation loss rose meanwhile was not assessed")
     elif watched.last <= watched.best:
@@ -69,12 +70,17 @@ def affine_drift(since_start: Drift, since_best: Drift | None, watched: Watched 
 
 
 def _words(drift: Drift) -> str:
-    gammas, betas = zip(*drift.values(), strict=True)
+    gammas, betas = (sorted(values, key=_rank) for values in zip(*drift.values(), strict=True))
     top = max(drift, key=lambda layer: _rank(drift[layer][0]))
     return (
-        f"γ moved by {median(gammas):.1%} of its norm (median; most {drift[top][0]:.1%} in {top}), "
-        f"β by {median(betas):.1%} (most {max(betas, key=_rank):.1%})"
+        f"γ moved by {_middle(gammas):.1%} of its norm (median; most {drift[top][0]:.1%} in {top}), "
+        f"β by {_middle(betas):.1%} (most {betas[-1]:.1%})"
     )
+
+
+def _middle(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return median(known) if known else math.nan
 
 
 def _rank(value: float) -> float:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss is NaN or infinite although every module output is finite."""
+"""The loss is NaN or infinite, and no batch, weight or module explains it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from lightning_bn.findings import Finding, Severity
 from lightning_bn.stats.finite import Census
@@ -9,11 +11,14 @@ from lightning_bn.stats.finite import Census
 RULE = "non-finite-loss"
 
 
-def non_finite_loss(loss: Census) -> Finding | None:
-    """Judge the loss when no input, parameter or module explains it.
+def non_finite_loss(loss: Census, *, heard: int, arrived: str | None, unseen: Mapping[str, str]) -> Finding | None:
+    """Judge the loss when no input, parameter or module that was looked at explains it.
 
     Args:
         loss: census of the loss.
+        heard: number of module calls whose inputs and outputs were looked at.
+        arrived: path of the first module that NaN or +inf came into; None where it came into none.
+        unseen: modules that could not be listened to, with the reason; the fault may lie in one of them.
 
     Returns:
         An ``error``, or None if the loss is finite.
@@ -21,7 +26,15 @@ def non_finite_loss(loss: Census) -> Finding | None:
     if loss.is_finite:
         return None
     kind = "NaN" if loss.nan else "+inf" if loss.posinf else "-inf"
-    evidence = f"the loss is {kind}; inputs, parameters and every module output are finite"
-    advice = "look in training_step after the forward pass: a logarithm of 0, a root, or a mean over nothing"
-    data = {"nan": loss.nan, "posinf": loss.posinf, "neginf": loss.neginf}
-    return Finding(RULE, Severity.ERROR, evidence, advice, data=data)
+    if arrived is None:
+        place = f"no input, no weight and none of {heard} module outputs holds NaN or +inf"
+        advice = "look in training_step after the forward pass: a logarithm of 0, a root, or a mean over nothing"
+    else:
+        place = f"NaN or +inf came into {arrived or 'the model'} already, and batch and weights hold none"
+        advice = f"look in training_step at what feeds {arrived or 'the model'}: a logarithm, root or quotient"
+    if unseen:
+        names = ", ".join(f"{name or 'the model'} ({why})" for name, why in unseen.items())
+        place += f"; not listened to: {names}"
+        advice = "fit once without torch.compile or TorchScript: the fault may lie in what could not be listened to"
+    data = {"nan": loss.nan, "posinf": loss.posinf, "neginf": loss.neginf, "arrived": arrived, "unseen": list(unseen)}
+    return Finding(RULE, Severity.ERROR, f"the loss is {kind}; {place}", advice, data=data)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -13,43 +14,65 @@ from lightning_bn.first_pass import Call
 RULE = "non-finite-output"
 
 
-def non_finite_output(calls: Sequence[Call], *, harmless: bool) -> Finding | None:
-    """Name the first module, in the order of execution, whose output is not finite while its inputs were.
+def culprit_of(calls: Sequence[Call]) -> Call | None:
+    """The first module, in the order of execution, whose output is worse than its inputs and stays so.
 
     A module is heard when it returns, so the innermost one comes first; a container is named where its own code,
-    between its submodules, made the value.
+    between its submodules, made the value. A value that a later module takes up and turns into finite ones, as a
+    softmax does with masked scores of -inf, is no fault.
 
     Args:
         calls: the forward calls in the order in which they returned.
-        harmless: whether the step went on, with a finite loss and finite running statistics.
 
     Returns:
-        An ``error``, a ``warning`` where it was harmless, None where no module is to blame.
+        The call, or None where none made its output worse.
     """
-    culprit = next((call for call in calls if call.is_culprit), None)
-    if culprit is None:
-        return None
-    severity = Severity.WARNING if harmless else Severity.ERROR
+    suspect: Call | None = None
+    cleared: Call | None = None
+    for call in calls:
+        came, went = call.inputs.level, call.outputs.level
+        if suspect and 0 == went < suspect.outputs.level <= came:
+            suspect, cleared = None, suspect
+        elif suspect is None and went > came:
+            suspect = call
+        elif suspect is None and cleared and went >= cleared.outputs.level:
+            suspect = cleared  # it was taken up in one branch alone
+        elif suspect and came == 0 and went > suspect.outputs.level and not _holds(call, suspect):
+            suspect = call
+    return suspect
+
+
+def non_finite_output(culprit: Call, *, harmless: bool, unseen: Mapping[str, str]) -> Finding:
+    """Report the module that made a value non-finite.
+
+    Args:
+        culprit: the call that :func:`culprit_of` found.
+        harmless: whether the step went on, with a finite loss and finite running statistics.
+        unseen: modules that could not be listened to, with the reason; the fault may lie in one of them.
+
+    Returns:
+        An ``error``, or a ``warning`` where it was harmless.
+    """
     name = culprit.layer or "the model's own forward"
-    evidence = (
-        f"{name} ({culprit.kind}): {culprit.outputs.describe()} in its output ({_plain(culprit.dtype)}); its inputs "
-        f"were finite, largest |x| {culprit.inputs.largest:.3g}, shapes {_shapes(culprit)}"
-    )
+    evidence = f"{name} ({culprit.kind}): {culprit.outputs.describe()} in its output ({_plain(culprit.dtype)}); "
+    evidence += _inputs(culprit)
     if culprit.largest_weight is not None:
         evidence += f"; largest |weight| {culprit.largest_weight:.3g}"
+    inside = [f"{other} ({why})" for other, why in unseen.items() if _is_below(other, culprit.layer)]
+    if inside:
+        evidence += f"; not listened to inside: {', '.join(inside)}"
     if harmless:
         evidence += "; the loss is finite all the same"
-    data = {
-        "kind": culprit.kind,
-        "dtype": _plain(culprit.dtype),
-        "nan": culprit.outputs.nan,
-        "posinf": culprit.outputs.posinf,
-        "neginf": culprit.outputs.neginf,
-        "largest_input": culprit.inputs.largest,
-        "largest_weight": culprit.largest_weight,
-        "shapes": [list(shape) for shape in culprit.shapes],
-    }
-    return Finding(RULE, severity, evidence, _advice(culprit), layer=culprit.layer, data=data)
+    severity = Severity.WARNING if harmless else Severity.ERROR
+    return Finding(RULE, severity, evidence, _advice(culprit), layer=culprit.layer, data=_data(culprit))
+
+
+def _inputs(call: Call) -> str:
+    if not call.shapes:
+        return "no tensor was found among its inputs"
+    shapes = ", ".join(map(str, call.shapes))
+    were = "were finite" if call.inputs.is_finite else f"held {call.inputs.describe()}"
+    return f"its inputs {were}, largest |x| {call.inputs.largest:.3g}, shapes {shapes}"
 
 
 def _advice(call: Call) -> str:
@@ -61,9 +84,26 @@ def _advice(call: Call) -> str:
     return f"look at what {call.kind} computes from these values: a logarithm, root or quotient, or values too large"
 
 
+def _data(call: Call) -> dict[str, Any]:
+    return {
+        "kind": call.kind,
+        "dtype": _plain(call.dtype),
+        "nan": call.outputs.nan,
+        "posinf": call.outputs.posinf,
+        "neginf": call.outputs.neginf,
+        "largest_input": call.inputs.largest,
+        "largest_weight": call.largest_weight,
+        "shapes": [list(shape) for shape in call.shapes],
+    }
+
+
+def _holds(container: Call, call: Call) -> bool:
+    return _is_below(call.layer, container.layer)
+
+
+def _is_below(name: str, top: str) -> bool:
+    return name != top and (not top or name.startswith(f"{top}."))
+
+
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _shapes(call: Call) -> str:
-    return ", ".join(str(shape) for shape in call.shapes) or "none"

@@ -28,5 +28,6 @@ def could_not_fill(skipped: Mapping[str, str]) -> Finding | None:
         return None
     names = [f"{name} ({why})" for name, why in skipped.items()]
     shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")  # noqa: PLR2004
-    evidence = f"{len(names)} parameters kept their values: {shown}"
+    what = "1 parameter kept its value" if len(names) == 1 else f"{len(names)} parameters kept their values"
+    evidence = f"{what}: {shown}"
     return Finding(RULE, Severity.INFO, evidence, "", data={"skipped": dict(skipped)})

@@ -4,48 +4,76 @@
 from __future__ import annotations
 
 from lightning_bn.findings import Finding, Severity
-from lightning_bn.first_pass import Pass
+from lightning_bn.first_pass import Call, Pass
 from lightning_bn.rules.non_finite_input import non_finite_input
 from lightning_bn.rules.non_finite_loss import non_finite_loss
-from lightning_bn.rules.non_finite_output import non_finite_output
+from lightning_bn.rules.non_finite_output import culprit_of, non_finite_output
 from lightning_bn.rules.non_finite_parameter import non_finite_parameter
 from lightning_bn.rules.poisoned_running_statistics import poisoned_running_statistics
 
 
 def root_cause(seen: Pass) -> list[Finding]:
-    """Judge one forward pass in the order of causes: batch, weights, modules, running statistics, loss.
+    """Judge one forward pass: what came first is reported, and what it alone explains is not.
 
-    Only the first kind of fault that explains the rest is reported; a NaN in the batch makes every module and
-    every running statistic non-finite, and those are no findings of their own.
+    A module that makes NaN out of finite inputs is to blame, unless its own weights or running statistics were not
+    finite: then those are. Without one it is the batch or the weights, then running statistics, then the loss.
 
     Args:
         seen: the recorded pass.
 
     Returns:
-        The findings of the first cause; notes and warnings that harmed nothing come with the others.
+        The findings of the first cause; notes and warnings about what harmed nothing come with them.
     """
-    poisoned = _poisoned(seen)
+    poisoned = [finding for finding in _poisoned(seen) if finding]
     loss_is_finite = seen.loss is None or seen.loss.is_finite
     # Infinities alone spread nothing while the loss is finite: masked attention scores are -inf on purpose.
-    spread = bool(poisoned) or not loss_is_finite or any(call.outputs.nan for call in seen.calls)
-    inputs = [non_finite_input(place.path, place.index, place.seen, spread=spread) for place in seen.batch]
-    weights = [non_finite_parameter(name, found, spread=spread) for name, found in seen.weights.items()]
-    outside = [finding for finding in (*inputs, *weights) if finding]
+    came_out = any(call.outputs.nan or (seen.failed and call.outputs.posinf) for call in seen.calls)
+    if loss_is_finite and not poisoned and not came_out:
+        return _outside(seen, spread=False)
+    culprit = culprit_of(seen.calls)
     inherited = [finding for finding in poisoned if not finding.data["finite_before"]]
-    if inherited or any(finding.severity is Severity.ERROR for finding in outside):
-        return [*outside, *inherited]
-    harmless = loss_is_finite and not poisoned and not seen.failed
-    inside = non_finite_output(seen.calls, harmless=harmless) if spread else None
-    if inside:
-        return [*outside, inside]
-    loss = None if seen.loss is None else non_finite_loss(seen.loss)
-    return [*outside, *poisoned, *([loss] if loss else [])]
-
-
-def _poisoned(seen: Pass) -> list[Finding]:
-    ran = {call.layer for call in seen.calls}
-    judged = (
-        poisoned_running_statistics(layer, before, after, used=layer in ran)
-        for layer, (before, after) in seen.statistics.items()
+    if culprit and _is_first(culprit):
+        owned = [*_weights(seen, spread=True, below=culprit.layer), *_below(inherited, culprit.layer)]
+        outside = [finding for finding in _outside(seen, spread=False) if finding.layer not in {f.layer for f in owned}]
+        harmless = loss_is_finite and not poisoned and not seen.failed
+        return [*outside, *(owned or [non_finite_output(culprit, harmless=harmless, unseen=seen.unseen)])]
+    outside = [*_outside(seen, spread=True), *inherited]
+    if any(finding.severity is Severity.ERROR for finding in outside):
+        return outside
+    if culprit:
+        return [*outside, non_finite_output(culprit, harmless=loss_is_finite, unseen=seen.unseen)]
+    arrived = next((call.layer for call in seen.calls if call.inputs.level > 1), None)
+    loss = (
+        None
+        if seen.loss is None
+        else non_finite_loss(seen.loss, heard=len(seen.calls), arrived=arrived, unseen=seen.unseen)
     )
-    return [finding for finding in judged if finding]
+    return [*outside, *(poisoned or ([loss] if loss else []))]
+
+
+def _is_first(culprit: Call) -> bool:
+    """Whether nothing non-finite can have come in: its tensors were found, and all were finite."""
+    return bool(culprit.shapes) and culprit.inputs.is_finite
+
+
+def _outside(seen: Pass, *, spread: bool) -> list[Finding]:
+    inputs = (non_finite_input(place.path, place.index, place.seen, spread=spread) for place in seen.batch)
+    return [*(finding for finding in inputs if finding), *_weights(seen, spread=spread)]
+
+
+def _weights(seen: Pass, *, spread: bool, below: str = "") -> list[Finding]:
+    judged = (non_finite_parameter(name, found, spread=spread) for name, found in seen.weights.items())
+    return _below([finding for finding in judged if finding], below)
+
+
+def _below(findings: list[Finding], top: str) -> list[Finding]:
+    return [finding for finding in findings if f"{finding.layer}.".startswith(f"{top}." if top else "")]
+
+
+def _poisoned(seen: Pass) -> list[Finding | None]:
+    ran = {call.layer for call in seen.calls}
+    return [
+        # Statistics that this pass changed were used by it, heard or not.
+        poisoned_running_statistics(layer, before, after, used=layer in ran or before.is_finite)
+        for layer, (before, after) in seen.statistics.items()
+    ]

@@ -86,7 +86,8 @@ def census(x: Tensor) -> Tensor:
 
 def is_measurable(x: Tensor) -> bool:
     """Whether :func:`census` can look at a tensor: floating-point or complex, dense, and with memory of its own."""
-    return (x.is_floating_point() or x.is_complex()) and x.layout == torch.strided and not x.is_meta
+    dense = x.layout == torch.strided and not x.is_nested and not x.is_meta
+    return dense and (x.is_floating_point() or x.is_complex())
 
 
 def read(rows: Sequence[Tensor]) -> list[Census]:
@@ -107,11 +108,14 @@ def read(rows: Sequence[Tensor]) -> list[Census]:
 
 
 def first_bad_index(x: Tensor) -> tuple[int, ...] | None:
-    """Index of the first non-finite value in row-major order, or None; reads the host.
+    """Index of the first NaN or +inf in row-major order, else of the first -inf, else None; reads the host.
 
     Example:
-        >>> first_bad_index(torch.tensor([[0.0, 1.0], [float("inf"), 0.0]]))
+        >>> first_bad_index(torch.tensor([[0.0, -float("inf")], [float("nan"), 0.0]]))
         (1, 0)
     """
-    places = (~torch.isfinite(x.detach())).nonzero()
-    return tuple(places[0].tolist()) if len(places) else None
+    x = x.detach()
+    places = (~torch.isfinite(x)).nonzero()
+    worse = places if x.is_complex() else (torch.isnan(x) | (x == torch.inf)).nonzero()
+    first = next((rows[0] for rows in (worse, places) if len(rows)), None)
+    return None if first is None else tuple(first.tolist())

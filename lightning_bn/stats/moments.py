@@ -79,7 +79,7 @@ def moments(x: Tensor) -> Tensor:
     m2 = y.square_().sum().to(wide) - x.numel() * residue.to(wide).square()
     scale, absmax = scale.to(wide), absmax.to(wide)
     count = torch.full_like(absmax, x.numel())
-    zeros = count - torch.sign(x).abs_().sum().to(wide)
+    zeros = count - torch.sign(x).abs_().sum(dtype=wide)
     zeros = torch.where(torch.isnan(absmax), absmax, zeros)  # the sign of NaN is 0
     return torch.stack([count, (mean.to(wide) + residue.to(wide)) * scale, m2 * scale.square(), absmax, zeros])
 

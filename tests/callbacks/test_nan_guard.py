@@ -68,7 +68,7 @@ FAULTS = {
         "net.2",
         "BetweenModules",
     ),
-    "log(0) in the loss": (lambda: LogOfZeroInLoss(), None, "non-finite-loss", None, "every module output are finite"),
+    "log(0) in the loss": (lambda: LogOfZeroInLoss(), None, "non-finite-loss", None, "holds NaN or +inf"),
     "fp16 overflow": (lambda: Half(fp16_overflow()), None, "non-finite-output", "net.2", "float16"),
     "silent variance overflow": (
         lambda: Healthy(variance_overflow()),

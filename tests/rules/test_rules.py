@@ -19,7 +19,7 @@ from lightning_bn.rules.affine_drift import Watched, affine_drift
 from lightning_bn.rules.monitor_failed import monitor_failed
 from lightning_bn.rules.non_finite_input import non_finite_input
 from lightning_bn.rules.non_finite_loss import non_finite_loss
-from lightning_bn.rules.non_finite_output import non_finite_output
+from lightning_bn.rules.non_finite_output import culprit_of, non_finite_output
 from lightning_bn.rules.non_finite_parameter import non_finite_parameter
 from lightning_bn.rules.not_initialised import could_not_fill, left_alone, replaced_by_checkpoint
 from lightning_bn.rules.not_watched import not_watched
@@ -40,9 +40,9 @@ EXAMPLES = [
     pytest.param("monitor-failed", monitor_failed("NaNGuard", "setup", KeyError("x")), id="monitor failed"),
     pytest.param("non-finite-input", non_finite_input("batch[0]", (2, 5), NAN, spread=True), id="input"),
     pytest.param("non-finite-input", non_finite_input("batch[0]", (2, 5), NAN, spread=False), id="masked input"),
-    pytest.param("non-finite-loss", non_finite_loss(NAN), id="loss"),
-    pytest.param("non-finite-output", non_finite_output([SICK], harmless=False), id="output"),
-    pytest.param("non-finite-output", non_finite_output([SICK], harmless=True), id="harmless output"),
+    pytest.param("non-finite-loss", non_finite_loss(NAN, heard=9, arrived=None, unseen={}), id="loss"),
+    pytest.param("non-finite-output", non_finite_output(SICK, harmless=False, unseen={}), id="output"),
+    pytest.param("non-finite-output", non_finite_output(SICK, harmless=True, unseen={}), id="harmless output"),
     pytest.param("non-finite-parameter", non_finite_parameter("net.0.weight", NAN, spread=True), id="parameter"),
     pytest.param("non-finite-parameter", non_finite_parameter("net.0.weight", NAN, spread=False), id="unused"),
     pytest.param("not-initialised", replaced_by_checkpoint("last.ckpt"), id="checkpoint"),
@@ -138,7 +138,7 @@ def test_an_input_finding_names_path_sample_and_numbers():
 )
 def test_a_loss_is_named_by_its_kind(loss, kind):
     """A loss that is not finite is an error that says what it is; a finite one is silent."""
-    finding = non_finite_loss(loss)
+    finding = non_finite_loss(loss, heard=9, arrived=None, unseen={})
     assert (finding and finding.evidence.split(";")[0]) == (kind and f"the loss is {kind}")
     assert finding is None or finding.severity is Severity.ERROR
 
@@ -159,18 +159,18 @@ def test_a_loss_is_named_by_its_kind(loss, kind):
 def test_only_the_module_that_made_it_worse_is_blamed(inputs, outputs, blamed):
     """A module is to blame where its output is worse than its input, not where it passes something on."""
     call = replace(CALL, inputs=inputs, outputs=outputs)
-    assert (non_finite_output([call], harmless=False) is not None) is blamed
+    assert (culprit_of([call]) is not None) is blamed
 
 
 def test_the_first_culprit_is_named():
     """Of several modules to blame the one that returned first is named."""
     calls = [CALL, replace(SICK, layer="first"), replace(SICK, layer="second")]
-    assert non_finite_output(calls, harmless=False).layer == "first"
+    assert culprit_of(calls).layer == "first"
 
 
 def test_an_output_finding_has_the_numbers():
     """Counts, dtype, input range, shapes and weight range are in the evidence and in the data."""
-    finding = non_finite_output([SICK], harmless=False)
+    finding = non_finite_output(SICK, harmless=False, unseen={})
     numbers = ["net.2 (Softplus)", "3 of 8 values are NaN", "float32", "largest |x| 2.5", "(4, 2)", "|weight| 0.75"]
     assert [part for part in numbers if part not in finding.evidence] == []
     assert finding.data["largest_input"] == 2.5
@@ -180,14 +180,14 @@ def test_an_output_finding_has_the_numbers():
 
 def test_an_output_finding_has_no_more_than_there_is():
     """Without parameters no weight is mentioned, and a culprit without a name is the model's own forward."""
-    finding = non_finite_output([replace(SICK, layer="", largest_weight=None)], harmless=False)
+    finding = non_finite_output(replace(SICK, layer="", largest_weight=None), harmless=False, unseen={})
     assert finding.evidence.startswith("the model's own forward (Softplus)")
     assert "weight" not in finding.evidence
 
 
 def test_a_culprit_that_did_no_harm_is_a_warning():
     """The severity follows what became of the loss, and the evidence says so."""
-    harmless, harmful = (non_finite_output([SICK], harmless=value) for value in (True, False))
+    harmless, harmful = (non_finite_output(SICK, harmless=value, unseen={}) for value in (True, False))
     assert (harmless.severity, harmful.severity) == (Severity.WARNING, Severity.ERROR)
     assert harmless.evidence == f"{harmful.evidence}; the loss is finite all the same"
 
@@ -202,7 +202,7 @@ def test_a_culprit_that_did_no_harm_is_a_warning():
 )
 def test_overflow_is_told_from_a_bad_operation(outputs, overflow):
     """Infinity beside finite values above √max of the dtype (256 in float16) is called an overflow of that dtype."""
-    finding = non_finite_output([replace(CALL, outputs=outputs, dtype=torch.float16)], harmless=False)
+    finding = non_finite_output(replace(CALL, outputs=outputs, dtype=torch.float16), harmless=False, unseen={})
     assert ("outgrew float16" in finding.advice) is overflow
 
 
