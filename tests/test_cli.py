@@ -177,7 +177,7 @@ def test_help_tells_a_stranger_what_every_argument_does(tmp_path, callback):
     assert "slugs of findings that are" in done.stdout
     expected = {
         "WeightInit": ["Initialise the model before training", "{he,xavier,naive}"],
-        "NaNGuard": ["Check the first training step in full", "{raise,stop,warn}", "whose message is the report"],
+        "NaNGuard": ["Check the first training batch in full", "{raise,stop,warn}", "whose message is the report"],
         "ActivationMonitor": ["share of zeros", "shell patterns on module names"],
         "BatchNormMonitor": ["γ and β", "smaller is better"],
     }

@@ -15,7 +15,7 @@ from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.rules.unmatched_layers import unmatched_layers
 from lightning_bn.sinks import Loggers
 from lightning_bn.stats.finite import is_measurable
-from lightning_bn.stats.moments import Summary, blank, moments, pool, summarize
+from lightning_bn.stats.moments import Summary, blank, complete, measure, pool, pool_into, summarize
 from lightning_bn.taps import choose, listen, tensors_in
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class ActivationMonitor(Monitor):
     def _forget(self) -> None:
         self._chosen: dict[str, nn.Module] = {}
         self._rows: dict[str, int] = {}
+        self._measured: list[tuple[int, int, Tensor]] = []
         self._state: Tensor | None = None
         self._switched_off = False
         self._heard = False
@@ -105,6 +106,7 @@ class ActivationMonitor(Monitor):
         if not is_due(trainer, self.every_n_steps) or self._switched_off:
             return
         self._stop_listening()
+        self._pool()
         if window_closes(trainer) and self._state is not None and len(self._state):
             ranks = self._gather(trainer, self._state)
             self._state = blank(len(self._state), self._state.device)
@@ -124,11 +126,12 @@ class ActivationMonitor(Monitor):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the model's layers."""
-        return {**super().__getstate__(), "_chosen": {}, "_rows": {}, "_state": None}
+        return {**super().__getstate__(), "_chosen": {}, "_rows": {}, "_measured": [], "_state": None}
 
     @shielded
     def _listen(self) -> None:
         self.live.hooks.close()
+        self._measured = []
         self.live.hooks.enter_context(listen(self._chosen, self._hear))
 
     @shielded
@@ -137,14 +140,20 @@ class ActivationMonitor(Monitor):
 
     @shielded
     def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        state, self._heard = self._state, True
-        if state is None:
-            return
-        place = self._rows[name]
+        self._heard = True
         for _, x in tensors_in(output):
             if is_measurable(x) and x.dim() and not x.is_complex():
                 with torch.autocast(x.device.type, enabled=False):
-                    state[place] = pool(state[place], moments(x).to(state.device, non_blocking=True))
+                    self._measured.append((self._rows[name], x.numel(), measure(x)))
+
+    @shielded
+    def _pool(self) -> None:
+        state, measured, self._measured = self._state, self._measured, []
+        if state is None or not measured:
+            return
+        places, counts, rows = zip(*measured, strict=True)
+        wide = torch.stack([row.to(state.device, state.dtype, non_blocking=True) for row in rows])
+        pool_into(state, places, complete(wide, torch.tensor(counts, device=state.device)))
 
     def _gather(self, trainer: Trainer, state: Tensor) -> Tensor:
         """State of all ranks, ``(ranks, layers + 1, 5)``; the last row says who is off. A collective."""

@@ -96,6 +96,7 @@ class Monitor(Identity, _Callback):
         self.ignore = check_rules("ignore", ignore)
         self.findings: list[Finding] = []
         self.off = False
+        self._earlier = 0  # findings of earlier fits
         self._said: dict[tuple[str, str | None, str], Severity] = {}
         self._live: Live | None = None
 
@@ -188,6 +189,7 @@ class Monitor(Identity, _Callback):
     def _begin(self, trainer: Trainer) -> None:
         self._end()
         self._said = {}
+        self._earlier = len(self.findings)
         # Trainer.log_dir is a broadcast: every rank asks for it here, once.
         log_dir = trainer.log_dir or trainer.default_root_dir
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -207,7 +209,7 @@ class Monitor(Identity, _Callback):
         monitors = [entry for entry in callbacks_of(trainer) if isinstance(entry, Monitor)]
         if next((entry for entry in reversed(monitors) if not entry.off), None) is not self:
             return
-        findings = [finding for entry in monitors for finding in entry.findings]
+        findings = [finding for entry in monitors for finding in entry.findings[entry._earlier :]]  # noqa: SLF001  (our own)
         loggers, step = Loggers(trainer.loggers), step_of(trainer)
         loggers.numbers({"bn_overview/findings": float(len(findings))}, step)
         loggers.text("bn_report", markdown_report(findings), step)

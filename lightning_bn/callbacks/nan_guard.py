@@ -27,15 +27,15 @@ TAG = "bn_first_pass"
 
 
 class NaNGuard(Monitor):
-    """Check the first training step in full for NaN and infinity, and name where they came from.
+    """Check the first training batch in full for NaN and infinity, and name where they came from.
 
     Looked at are the batch (with the sample), parameters and buffers, the output of every module, the running
     statistics of BatchNorm, and the loss. What came first is reported: a bad sample, a bad weight, or the first
     module that turned finite inputs into non-finite outputs. The verdict falls before backward, so that the weights
     are still those of before. With several processes all agree before any raises or stops.
 
-    Costs about one extra forward pass, once at the start of each fit. Later steps, validation and gradients
-    are not watched.
+    Costs a few reductions of every tensor of that pass, once at the start of each fit. Later batches, validation
+    and gradients are not watched.
 
     Args:
         action: what to do about a fault: ``raise`` a NonFiniteError whose message is the report; ``stop`` the
@@ -90,6 +90,12 @@ class NaNGuard(Monitor):
         if self._awaits_verdict:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             self._conclude(trainer, loss if isinstance(loss, Tensor) else None)
+
+    @shielded
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the model where the first batch was broken off; called by Lightning."""
+        self.live.hooks.close()
+        self._recorder = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Look before leaving: an exception out of the first step may be ours to explain; called by Lightning."""

@@ -8,6 +8,7 @@ Rows of two batches, of two micro-batches or of two ranks pool exactly, whatever
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 COUNT, MEAN, M2, ABSMAX, ZEROS = range(5)
 WIDTH = 5
+TINY = torch.finfo(torch.float32).tiny
+EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,55 @@ def blank(rows: int, device: torch.device) -> Tensor:
     return torch.zeros(rows, WIDTH, dtype=wide_dtype(device), device=device)
 
 
+def measure(x: Tensor) -> Tensor:
+    """The few reductions of a tensor that have to be made at once; :func:`complete` makes rows of many of them.
+
+    The tensor is scaled by a power of two and centred before it is squared, so that neither a large offset nor values
+    near either end of float32's range lose the spread (corrected two-pass algorithm, Chan, Golub & LeVeque 1983,
+    eq. 1.7).
+
+    Args:
+        x: floating-point tensor of any shape and memory format; all axes are reduced.
+
+    Returns:
+        ``(5,)`` on the device of ``x``, float32 (float64 of a float64 tensor): largest absolute value; mean of the
+        scaled tensor, mean and sum of squares of what is left without it; number of values unequal to 0. Nothing is
+        read on the host.
+    """
+    x = x.detach()
+    x = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+    if x.numel() == 0:
+        return x.new_zeros(5)
+    low, high = torch.aminmax(x)
+    absmax = torch.maximum(high, -low)
+    y = x / _scale(absmax)
+    mean = y.mean()
+    # The rounded mean leaves a residue, which is taken out in float64.
+    residue = y.sub_(mean).mean()
+    return torch.stack([absmax, mean, residue, y.square_().sum(), torch.sign(x).abs_().sum()])
+
+
+def complete(measured: Tensor, counts: Tensor) -> Tensor:
+    """Rows of many measured tensors at once.
+
+    Args:
+        measured: ``(K, 5)``, what :func:`measure` gave for each tensor.
+        counts: ``(K,)``, their numbers of elements.
+
+    Returns:
+        ``(K, 5)``, a state for each, in the dtype of :func:`wide_dtype`.
+    """
+    absmax, mean, residue, squares, nonzero = measured.to(wide_dtype(measured.device)).unbind(-1)
+    counts = counts.to(absmax)
+    scale = _scale(absmax)
+    # The sign of NaN is 0; and float32 counts past 2**24 may be one too high.
+    zeros = torch.where(torch.isnan(absmax), absmax, (counts - nonzero).clamp(min=0))
+    m2 = (squares - counts * residue.square()) * scale.square()
+    return torch.stack([counts, (mean + residue) * scale, m2, absmax.abs(), zeros], dim=-1)
+
+
 def moments(x: Tensor) -> Tensor:
     """The row of one tensor; nothing is read on the host.
-
-    The tensor is scaled by a power of two and centred before it is squared, so that neither a large offset
-    nor values near the end of float32's range lose the spread.
 
     Args:
         x: floating-point tensor of any shape and memory format; all axes are reduced.
@@ -62,26 +109,8 @@ def moments(x: Tensor) -> Tensor:
         >>> summarize(moments(torch.tensor([0.0, 2.0])))
         Summary(count=2, mean=1.0, std=1.0, absmax=2.0, zero_share=0.5)
     """
-    x = x.detach()
-    if x.numel() == 0:
-        return blank(1, x.device)[0]
-    x = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
-    low, high = torch.aminmax(x)
-    absmax = torch.maximum(low.abs(), high.abs())
-    scale = _power_of_two(absmax)
-    y = x / scale
-    mean = y.mean()
-    # The rounded mean leaves a residue that the second mean takes out: corrected two-pass algorithm,
-    # Chan, Golub & LeVeque 1983, eq. 1.7.
-    y.sub_(mean)
-    residue = y.mean()
-    wide = wide_dtype(x.device)
-    m2 = y.square_().sum().to(wide) - x.numel() * residue.to(wide).square()
-    scale, absmax = scale.to(wide), absmax.to(wide)
-    count = torch.full_like(absmax, x.numel())
-    zeros = count - torch.sign(x).abs_().sum(dtype=wide)
-    zeros = torch.where(torch.isnan(absmax), absmax, zeros)  # the sign of NaN is 0
-    return torch.stack([count, (mean.to(wide) + residue.to(wide)) * scale, m2 * scale.square(), absmax, zeros])
+    measured = measure(x)
+    return complete(measured[None], measured.new_full((1,), x.numel(), dtype=wide_dtype(x.device)))[0]
 
 
 def pool(a: Tensor, b: Tensor) -> Tensor:
@@ -103,6 +132,26 @@ def pool(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([count, mean, m2, absmax, a[..., ZEROS] + b[..., ZEROS]], dim=-1)
 
 
+def pool_into(state: Tensor, places: Sequence[int], rows: Tensor) -> None:
+    """Pool rows into the layers they belong to, in place; a layer may have several.
+
+    Args:
+        state: ``(layers, 5)``.
+        places: layer of each row.
+        rows: ``(K, 5)``, same dtype and device.
+    """
+    rounds: list[dict[int, int]] = []  # in each round a layer has one row: layer -> row
+    for row, place in enumerate(places):
+        free = next((turn for turn in rounds if place not in turn), None)
+        if free is None:
+            free = {}
+            rounds.append(free)
+        free[place] = row
+    for turn in rounds:
+        layers, chosen = list(turn), list(turn.values())
+        state[layers] = pool(state[layers], rows[chosen])
+
+
 def summarize(row: Tensor) -> Summary:
     """Read one pooled row, ``(5,)``, that lies on the host."""
     count, mean, m2, absmax, zeros = row.tolist()
@@ -112,9 +161,7 @@ def summarize(row: Tensor) -> Summary:
     return Summary(int(count), mean, std, absmax, zeros / count)
 
 
-def _power_of_two(absmax: Tensor) -> Tensor:
-    """The power of two just below ``absmax``; 1 where that is 0 or not finite. Dividing by it rounds nothing."""
-    usable = (absmax > 0) & torch.isfinite(absmax)
-    _, exponent = torch.frexp(torch.where(usable, absmax, torch.ones_like(absmax)))
-    # One less than frexp's exponent: 2**128, above float32's largest value, is no float32.
-    return torch.ldexp(torch.ones_like(absmax), exponent - 1)
+def _scale(absmax: Tensor) -> Tensor:
+    """The power of two at or below ``absmax``, by its exponent bits: dividing by it rounds nothing."""
+    bits, exponent = EXPONENT[absmax.dtype]
+    return absmax.view(bits).bitwise_and(exponent).view(absmax.dtype).clamp(min=TINY)
