@@ -68,6 +68,7 @@ class ActivationMonitor(Monitor):
         self._state: Tensor | None = None
         self._switched_off = False
         self._heard = False
+        self._measured_at = 0
 
     @shielded
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,7 +123,7 @@ class ActivationMonitor(Monitor):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last measured step layer by layer; called by Lightning."""
         if self.statistics and trainer.is_global_zero:
-            Loggers(trainer.loggers).text("bn_activations", activation_table(self.statistics), step_of(trainer))
+            Loggers(trainer.loggers).text("bn_activations", activation_table(self.statistics), self._measured_at)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the model's layers."""
@@ -171,9 +172,10 @@ class ActivationMonitor(Monitor):
         for other in ranks[1:]:
             pooled = pool(pooled, other)
         rows = {name: summarize(pooled[place]) for name, place in self._rows.items()}
+        self._measured_at = step_of(self.live.trainer)
         self.statistics = {name: row for name, row in rows.items() if row.count}
         if not self._heard:
             how = "call modules, not their forward methods"
             self.emit(not_watched(", ".join(rows), "no forward pass was heard in a whole step", how))
         if self.statistics and self.live.trainer.is_global_zero:
-            Loggers(self.live.trainer.loggers).numbers(activation_overview(self.statistics), step_of(self.live.trainer))
+            Loggers(self.live.trainer.loggers).numbers(activation_overview(self.statistics), self._measured_at)

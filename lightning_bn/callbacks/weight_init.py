@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +18,10 @@ if TYPE_CHECKING:
 
 MARK = "_lightning_bn_initialised"
 """Attribute of a LightningModule that was initialised: it travels with copies of the module, not with its weights."""
+
+
+WRAPS = "_lightning_bn_wraps"
+"""Attribute of a wrapper of ``configure_model``: what stood in its place on the instance, or None."""
 
 
 class WeightInit(Monitor):
@@ -62,7 +65,7 @@ class WeightInit(Monitor):
     @shielded
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was done; called by Lightning."""
-        pl_module.__dict__.pop("configure_model", None)
+        self.live.hooks.close()
         if self.report is not None:
             self.emit(could_not_fill(self.report.skipped))
         if self.report is not None and trainer.ckpt_path:
@@ -78,15 +81,15 @@ class WeightInit(Monitor):
         # No callback hook runs between configure_model and the restore of a checkpoint. Lightning calls an
         # override of configure_model, and an attribute of the instance is one; it may be called twice
         # (WeightAveraging does), which the fixed seed makes harmless.
-        pl_module.__dict__["configure_model"] = self._wrapped(pl_module, pl_module.configure_model, seed)
-        self.live.hooks.callback(pl_module.__dict__.pop, "configure_model", None)
+        self.live.hooks.callback(_unwrap, pl_module)
+        present = pl_module.configure_model
 
-    def _wrapped(self, pl_module: LightningModule, original: Callable[[], None], seed: int) -> Callable[[], None]:
         def configure_model() -> None:
-            original()
+            present()
             self._apply(pl_module, seed)
 
-        return configure_model
+        setattr(configure_model, WRAPS, pl_module.__dict__.get("configure_model"))
+        pl_module.__dict__["configure_model"] = configure_model
 
     @shielded
     def _apply(self, pl_module: LightningModule, seed: int) -> None:
@@ -101,7 +104,16 @@ class WeightInit(Monitor):
         return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if self.seed is None else self.seed
 
 
+def _unwrap(pl_module: LightningModule) -> None:
+    """Take all wrappers off a model: its ``configure_model`` is that of its class again, or the user's own."""
+    present = pl_module.__dict__.pop("configure_model", None)
+    while hasattr(present, WRAPS):
+        present = getattr(present, WRAPS)
+    if present is not None:
+        pl_module.__dict__["configure_model"] = present
+
+
 def _builds_later(pl_module: LightningModule) -> bool:
     """Whether the project has a ``setup`` or ``configure_model`` of its own, which may still add layers."""
-    hooks = (type(pl_module).setup, type(pl_module).configure_model)
+    hooks = (pl_module.setup, pl_module.configure_model)
     return any(not hook.__module__.startswith(("lightning.pytorch.", "pytorch_lightning.")) for hook in hooks)

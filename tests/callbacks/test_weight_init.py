@@ -183,6 +183,16 @@ def test_a_model_with_its_own_configure_model_is_a_model_as_before(make_trainer)
     assert copy.deepcopy(model).configure_model.__func__ is BuiltInConfigureModel.configure_model
 
 
+def test_a_configure_model_of_the_instance_is_called_and_given_back(make_trainer):
+    """A function that the user hung on the model builds its layers, and is there again after the fit."""
+    model = still(BuiltInSetup)()
+    model.setup = lambda stage: None
+    mine = model.configure_model = lambda: setattr(model, "net", model.net or network())
+    make_trainer(WeightInit(seed=7), WeightInit(seed=8)).fit(model, loader())
+    assert_weights(model, expected(7))
+    assert model.configure_model is mine
+
+
 def test_an_exception_before_the_fit_starts_leaves_no_wrapper(make_trainer):
     """Where configure_model of the project fails, the model is left as it was."""
 
