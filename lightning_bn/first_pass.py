@@ -62,7 +62,8 @@ class Pass:
 
     Args:
         batch: the floating-point tensors of the batch, before the pass.
-        weights: parameters and buffers before the pass, by path, without BatchNorm's running statistics.
+        weights: parameters before the pass, by path.
+        buffers: buffers before the pass, by path, without BatchNorm's running statistics.
         calls: module calls in the order in which they returned.
         loss: census of the loss; None where there was none.
         statistics: running statistics of each BatchNorm layer, before and after the pass.
@@ -72,6 +73,7 @@ class Pass:
 
     batch: tuple[Place, ...]
     weights: Mapping[str, Census]
+    buffers: Mapping[str, Census]
     calls: tuple[Call, ...]
     loss: Census | None
     statistics: Mapping[str, tuple[Census, Census]]
@@ -115,7 +117,8 @@ class Recorder:
         self._expected: dict[int, list[_Came]] = {}
         self._heard: list[_Heard] = []
         self._batch = tuple(_places(batch))
-        self._weights = dict(_weights(model))
+        self._weights = dict(_census_of(model.named_parameters()))
+        self._buffers = dict(_census_of(_buffers(model)))
         self._before = self._statistics()
 
     def listen(self) -> AbstractContextManager[None]:
@@ -125,7 +128,7 @@ class Recorder:
     def expect(self, name: str, module: nn.Module, inputs: Any) -> None:  # noqa: ARG002  (signature of taps.Expect)
         """Take the census of what a module is about to see, which it may change in place."""
         tensors = [x for _, x in tensors_in(inputs)]
-        came = _Came([census(x) for x in tensors if is_measurable(x)], tuple(tuple(x.shape) for x in tensors))
+        came = _Came([census(x) for x in tensors if is_measurable(x)], tuple(map(_shape, tensors)))
         self._expected.setdefault(id(module), []).append(came)
 
     def hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002  (of taps.Hear)
@@ -133,7 +136,8 @@ class Recorder:
         stack = self._expected.get(id(module))
         came = stack.pop() if stack else _Came([], ())
         went = _measurable(output)
-        if went:
+        # A distributed Trainer calls training_step through the model itself: what comes out then is the loss.
+        if went and (name or any(x.dim() for x in went)):
             own = tuple(self._names[id(x)] for x in module.parameters(recurse=False) if id(x) in self._names)
             rows = [census(x) for x in went]
             self._heard.append(_Heard(name, type(module).__name__, came, rows, went[0].dtype, own))
@@ -147,6 +151,7 @@ class Recorder:
         """
         after = self._statistics()
         groups: dict[Any, list[Tensor]] = {("weight", name): [row] for name, row in self._weights.items()}
+        groups |= {("buffer", name): [row] for name, row in self._buffers.items()}
         groups |= {("before", name): rows for name, rows in self._before.items()}
         groups |= {("after", name): rows for name, rows in after.items()}
         for place, heard in enumerate(self._heard):
@@ -157,6 +162,7 @@ class Recorder:
         return Pass(
             batch=self._batch,
             weights=weights,
+            buffers={name: seen["buffer", name] for name in self._buffers},
             calls=tuple(self._call(place, seen, weights) for place in range(len(self._heard))),
             loss=seen["loss"] if groups["loss"] else None,
             statistics={name: (seen["before", name], seen["after", name]) for name in self._norms},
@@ -184,12 +190,19 @@ def _places(batch: Any) -> Iterator[Place]:
         yield Place(path, index or (), seen)
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _census_of(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for path, x in named:
+        if _has_memory(x) and is_measurable(x):
+            yield plain_name(path), census(x)
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     running = {f"{name}.{kind}" for name in find_batchnorm(model) for kind in ("running_mean", "running_var")}
-    for path, x in (*model.named_parameters(), *model.named_buffers()):
-        name = plain_name(path)
-        if name not in running and _has_memory(x) and is_measurable(x):
-            yield name, census(x)
+    return ((path, x) for path, x in model.named_buffers() if plain_name(path) not in running)
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return () if x.is_nested else tuple(x.shape)
 
 
 def _has_memory(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_bn.norms import find_batchnorm
@@ -148,8 +149,8 @@ def initialize(model: nn.Module, scheme: Scheme = "he", *, seed: int = 0) -> Rep
             filled.append(_fill(name, parameter, fill, seed))
             done.add(id(parameter))
     for name, layer in find_batchnorm(model).items():
-        if _inside(name, "weight") not in skipped:
-            layer.reset_running_stats()
+        if isinstance(layer.weight, nn.Parameter) and _inside(name, "weight") not in skipped:
+            layer.reset_running_stats()  # without γ nothing tells a frozen layer from another
     return Report(tuple(filled), skipped)
 
 
@@ -173,6 +174,8 @@ def _plan(model: nn.Module, scheme: Scheme) -> Iterator[tuple[str, Tensor, _Fill
     for path, module in model.named_modules():
         if id(module) in norms:
             weight_fill = _Fill("ones", value=1.0)
+        elif isinstance(module, NonDynamicallyQuantizableLinear):
+            continue  # the output projection of attention, of which the rest is not covered either
         elif isinstance(module, nn.Linear | _ConvNd | _ConvTransposeNd):
             fan_in, fan_out = fans(module)
             weight_fill = _Fill(scheme, target_std(scheme, fan_in, fan_out), fan_in=fan_in, fan_out=fan_out)

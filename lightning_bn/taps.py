@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+FAST_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 Hear = Callable[[str, nn.Module, Any, Any], None]
 """Called after a module's forward pass with its name, the module, ``(args, kwargs)`` and its output."""
@@ -46,8 +49,8 @@ def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only:
         leaves_only: without globs, choose only modules without submodules.
 
     Returns:
-        The choice. Metrics of torchmetrics are never chosen: they are no layers. Compiled and scripted
-        modules are listed as unseen.
+        The choice. Metrics of torchmetrics are never chosen: they are no layers. Compiled and scripted modules are
+        listed as unseen, and torch's transformer encoders in eval mode, which compute differently under hooks.
 
     Example:
         >>> list(choose(nn.Sequential(nn.Linear(1, 1), nn.ReLU()), ["*0"]).layers)
@@ -124,15 +127,27 @@ class _Hook:
         self._tell = tell
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:  # noqa: SLF001  (-1: not inside backward; torch has no public name)
-            with torch.no_grad():
+        # Not in backward (where checkpointing runs modules again), nor while somebody traces the model.
+        if torch._C._current_graph_task_id() == -1 and not torch._C._is_tracing():  # noqa: SLF001  (no public names)
+            with torch.no_grad(), _unrecorded():
                 self._tell(self._name, module, (args, kwargs), *output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _deaf
 
-    def __reduce__(self) -> str:
-        return "_deaf"
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_deaf, ()
+
+
+def _make_deaf() -> Callable[..., None]:
+    return _deaf
+
+
+def _unrecorded() -> AbstractContextManager[Any]:
+    """Keep our operations out of selective activation checkpointing, which would replay them as the model's own."""
+    modes = _get_current_dispatch_mode_stack()
+    caching = any(type(mode).__name__ == "_CachingTorchDispatchMode" for mode in modes)
+    return _disable_current_modes() if caching else nullcontext()
 
 
 def _deaf(*_: Any) -> None:
@@ -174,6 +189,8 @@ def _unreachable(module: nn.Module) -> str | None:
     # OptimizedModule is recognised by its one child: naming its class would import torch._dynamo.
     if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:  # noqa: SLF001
         return "it is compiled (torch.compile)"
+    if isinstance(module, FAST_IN_EVAL) and not module.training:
+        return "torch takes another way through it in eval mode while nothing listens"
     return None
 
 

@@ -155,13 +155,13 @@ def test_batch_and_weights_are_those_of_before_the_pass():
     assert seen.weights["weight"].is_finite
 
 
-def test_weights_are_parameters_and_buffers_without_running_statistics():
+def test_parameters_buffers_and_running_statistics_are_told_apart():
     """Running statistics are judged apart, integer buffers not at all."""
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     net.register_buffer("table", torch.tensor([5.0, NAN]))
     seen = record(net, torch.randn(4, 2, generator=torch.Generator().manual_seed(0)))
-    assert list(seen.weights) == ["0.weight", "0.bias", "1.weight", "1.bias", "table"]
-    assert seen.weights["table"] == Census(2, 1, 0, 0, 5.0)
+    assert list(seen.weights) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert seen.buffers == {"table": Census(2, 1, 0, 0, 5.0)}
     assert list(seen.statistics) == ["1"]
 
 

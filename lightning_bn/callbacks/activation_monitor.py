@@ -58,16 +58,17 @@ class ActivationMonitor(Monitor):
         super().__init__(ignore=ignore)
         self.layers = check_strings("layers", layers)
         self.every_n_steps = check_interval("every_n_steps", every_n_steps, default="the trainer's log_every_n_steps")
-        self.statistics: dict[str, Summary] = {}
         self._forget()
 
     def _forget(self) -> None:
+        self.statistics: dict[str, Summary] = {}
         self._chosen: dict[str, nn.Module] = {}
         self._rows: dict[str, int] = {}
         self._measured: list[tuple[int, int, Tensor]] = []
         self._state: Tensor | None = None
         self._switched_off = False
         self._heard = False
+        self._was_due = False
         self._measured_at = 0
 
     @shielded
@@ -98,7 +99,13 @@ class ActivationMonitor(Monitor):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen on due steps; called by Lightning."""
         if is_due(trainer, self.every_n_steps):
-            self._listen()
+            self._listen(pl_module)
+
+    @shielded
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Let go of the model when the forward pass is over; called by Lightning."""
+        if pl_module.automatic_optimization:
+            self._stop_listening()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,6 +129,11 @@ class ActivationMonitor(Monitor):
     @shielded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last measured step layer by layer; called by Lightning."""
+        if self._chosen and not self._was_due and (self.every_n_steps or log_interval(trainer)):
+            taken = step_of(trainer)
+            every = self.every_n_steps or log_interval(trainer)
+            how = "set every_n_steps, or log_every_n_steps of the trainer, to a smaller number"
+            self.emit(not_watched("any step", f"{taken} steps were taken, and every {every}th is measured", how))
         if self.statistics and trainer.is_global_zero:
             Loggers(trainer.loggers).text("bn_activations", activation_table(self.statistics), self._measured_at)
 
@@ -130,10 +142,12 @@ class ActivationMonitor(Monitor):
         return {**super().__getstate__(), "_chosen": {}, "_rows": {}, "_measured": [], "_state": None}
 
     @shielded
-    def _listen(self) -> None:
+    def _listen(self, pl_module: LightningModule) -> None:
         self.live.hooks.close()
-        self._measured = []
-        self.live.hooks.enter_context(listen(self._chosen, self._hear))
+        self._measured, self._was_due = [], True
+        within_reach = choose(pl_module, self.layers).layers  # modules may have gone into eval mode meanwhile
+        chosen = {name: module for name, module in self._chosen.items() if name in within_reach}
+        self.live.hooks.enter_context(listen(chosen, self._hear))
 
     @shielded
     def _stop_listening(self) -> None:

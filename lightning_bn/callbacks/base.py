@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
@@ -138,7 +139,8 @@ class Monitor(Identity, _Callback):
         if finding is None or finding.rule in self.ignore:
             return
         # Of faults, the same rule on the same layer is the same fault; notes are the same if they say the same.
-        note = finding.evidence if finding.severity is Severity.INFO else ""
+        which = str(finding.data.get("path") or finding.data.get("name") or "")
+        note = finding.evidence if finding.severity is Severity.INFO else which
         trainer, key = self.live.trainer, (finding.rule, finding.layer, note)
         said = self._said.get(key)
         if not (any_rank or trainer.is_global_zero) or (said and not repeat and not finding.severity.outweighs(said)):
@@ -148,11 +150,12 @@ class Monitor(Identity, _Callback):
             finding = replace(finding, data={"rank": trainer.global_rank, **finding.data})
         finding = replace(finding, step=step_of(trainer), epoch=epoch_of(trainer))
         self.findings.append(finding)
-        print_above_bar(trainer, console_text(finding))
+        trouble = ""
         try:
             self.live.file.append(finding, run=self.live.run, monitor=type(self).__name__)
-        except OSError as error:
-            print_above_bar(trainer, f"lightning_bn: {self.live.file.path} cannot be written: {error}")
+        except Exception as error:  # noqa: BLE001  (a full disk, a missing driver of a remote file system, ...)
+            trouble = f"\nlightning_bn: {self.live.file.path} cannot be written: {error}"
+        print_above_bar(trainer, console_text(finding) + trouble)
 
     def fail(self, place: str, error: Exception) -> None:
         """Report an internal error and switch this monitor off until the next fit."""
@@ -161,7 +164,8 @@ class Monitor(Identity, _Callback):
             self.live.hooks.close()
             self.emit(monitor_failed(type(self).__name__, place, error), any_rank=True)
         except Exception as second:  # noqa: BLE001  (not even the report of an error may stop a healthy run)
-            print(f"lightning_bn: {type(self).__name__} is off: {error!r}; {second!r}", file=sys.stderr)  # noqa: T201
+            with contextlib.suppress(Exception):
+                print(f"lightning_bn: {type(self).__name__} is off: {error!r}; {second!r}", file=sys.stderr)  # noqa: T201
 
     def state_dict(self) -> dict[str, Any]:
         """What was reported so far, so that a resumed run does not repeat it; called by Lightning."""
@@ -267,9 +271,9 @@ def is_compiled(pl_module: LightningModule) -> bool:
     return getattr(pl_module, "_compiler_ctx", None) is not None
 
 
-def gather_objects(item: Any) -> list[Any]:
-    """The item of every rank, in the order of ranks; a collective, so every rank has to call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+def gather_objects(trainer: Trainer, item: Any) -> list[Any]:
+    """The item of every rank of a trainer, in the order of ranks; a collective, so every rank has to call it."""
+    if trainer.world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [item]
     items: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(items, item)
@@ -277,14 +281,15 @@ def gather_objects(item: Any) -> list[Any]:
 
 
 def print_above_bar(trainer: Trainer, text: str) -> None:
-    """Print so that the text survives the TQDM bar, the Rich bar and no bar at all."""
+    """Print so that the text survives the TQDM bar, the Rich bar and no bar at all; a closed stream is no error."""
     bar = trainer.progress_bar_callback
     console = getattr(bar, "_console", None)  # Rich: a console of its own, which moves the bar down
-    if console is not None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    elif hasattr(bar, "_train_progress_bar"):  # TQDM; its own print drops the text while no bar is shown
-        from tqdm import tqdm  # noqa: PLC0415  (only where Lightning itself uses it)
+    with contextlib.suppress(OSError, ValueError):
+        if console is not None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif hasattr(bar, "_train_progress_bar"):  # TQDM; its own print drops the text while no bar is shown
+            from tqdm import tqdm  # noqa: PLC0415  (only where Lightning itself uses it)
 
-        tqdm.write(text, file=sys.stderr)
-    else:
-        print(text, file=sys.stderr)  # noqa: T201
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr)  # noqa: T201

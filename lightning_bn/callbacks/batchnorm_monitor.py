@@ -75,9 +75,15 @@ class BatchNormMonitor(Monitor):
             self._forget()
 
     @shielded
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the values before the first update; called by Lightning."""
-        # Here lazy layers have their parameters, SyncBatchNorm is in place and checkpoints are restored.
+        # Here SyncBatchNorm is in place and checkpoints are restored.
+        if not self._start and not any(map(is_lazy, pl_module.parameters())):
+            self._start = affine_of(pl_module)
+
+    @shielded
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keep them where lazy layers got their parameters only now; called by Lightning."""
         if not self._start:
             self._start = affine_of(pl_module)
 
@@ -139,6 +145,7 @@ class BatchNormMonitor(Monitor):
             self.emit(not_watched("BatchNorm", "the model has no BatchNorm layer"))
             return
         if not self._start:
+            self.emit(not_watched("the drift of γ and β", "no BatchNorm layer has both, or no batch was trained on"))
             return
         if self._watched is None:
             nearest = get_close_matches(self.watch, self._logged, n=3, cutoff=0.0)
@@ -153,7 +160,7 @@ def affine_of(pl_module: LightningModule) -> dict[str, Affine]:
     return {
         name: Affine.of(layer.weight, layer.bias)
         for name, layer in find_batchnorm(pl_module).items()
-        if layer.affine and not is_lazy(layer.weight)
+        if layer.weight is not None and layer.bias is not None and not is_lazy(layer.weight)
     }
 
 

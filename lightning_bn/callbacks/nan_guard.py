@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -39,7 +40,8 @@ class NaNGuard(Monitor):
 
     Args:
         action: what to do about a fault: ``raise`` a NonFiniteError whose message is the report; ``stop`` the
-            trainer after this step, without the weight update of it; ``warn`` and let training go on.
+            trainer after this step, without the weight update of it (Lightning goes on until ``min_epochs`` and
+            ``min_steps`` are met); ``warn`` and let training go on.
         ignore: slugs of findings that are neither reported nor acted upon, out of non-finite-input,
             non-finite-parameter, non-finite-output, non-finite-loss, poisoned-running-statistics, not-watched.
 
@@ -61,6 +63,7 @@ class NaNGuard(Monitor):
         self._awaits_verdict = False
         self._drops_update = False
         self._checked = ""
+        self._saw_loss = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make ready for the first batch; called by Lightning."""
@@ -75,7 +78,8 @@ class NaNGuard(Monitor):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Give the verdict before the weights change; called by Lightning."""
         if self._awaits_verdict:
-            self._conclude(trainer, loss)
+            # With manual optimisation more forward passes, and more losses, may come in this batch.
+            self._conclude(trainer, loss, final=pl_module.automatic_optimization)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Drop the update of a step that stops training; called by Lightning."""
@@ -100,8 +104,7 @@ class NaNGuard(Monitor):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Look before leaving: an exception out of the first step may be ours to explain; called by Lightning."""
         if self._recorder is not None and not isinstance(exception, NonFiniteError):
-            for finding in self._judge(None, failed=True) or ():
-                self.emit(finding, any_rank=True)
+            self._explain()
         self._forget()
         super().on_exception(trainer, pl_module, exception)
 
@@ -128,10 +131,15 @@ class NaNGuard(Monitor):
         if self._recorder is not None:
             self._recorder.hear(name, module, inputs, output)
 
-    def _conclude(self, trainer: Trainer, loss: Tensor | None) -> None:
-        self._awaits_verdict = False
+    @shielded
+    def _explain(self) -> None:
+        for finding in self._judge(None, failed=True) or ():
+            self.emit(finding, any_rank=True)
+
+    def _conclude(self, trainer: Trainer, loss: Tensor | None, *, final: bool = True) -> None:
+        self._awaits_verdict = not final
         # Outside the shield: a rank whose guard failed still takes part in what all ranks do together.
-        by_rank = gather_objects(self._judge(loss) or [])
+        by_rank = gather_objects(trainer, self._judge(loss, final=final) or [])
         stamp: dict[str, Any] = {"step": step_of(trainer), "epoch": epoch_of(trainer)}
         found = [
             replace(finding, **stamp, data={**finding.data, "rank": rank} if len(by_rank) > 1 else finding.data)
@@ -147,13 +155,18 @@ class NaNGuard(Monitor):
             self._drops_update = True
 
     @shielded
-    def _judge(self, loss: Tensor | None, *, failed: bool = False) -> list[Finding]:
-        self.live.hooks.close()
-        recorder, self._recorder = self._recorder, None
+    def _judge(self, loss: Tensor | None, *, failed: bool = False, final: bool = True) -> list[Finding]:
+        recorder = self._recorder
         if recorder is None:
             return []
-        seen = recorder.finish(loss, failed=failed)
-        self._checked = f"{len(seen.calls)} module calls, {len(seen.weights)} parameters and buffers"
+        if final:
+            self.live.hooks.close()
+            self._recorder = None
+        self._saw_loss = self._saw_loss or loss is not None
+        # At the end of a batch of several losses the last one was judged: what is left are the modules.
+        unseen_loss = torch.zeros(()) if self._saw_loss and not failed else None
+        seen = recorder.finish(unseen_loss if loss is None else loss, failed=failed)
+        self._checked = f"{len(seen.calls)} module calls, {len(seen.weights)} parameters"
         return [finding for finding in root_cause(seen) if finding.rule not in self.ignore]
 
     @shielded
@@ -162,5 +175,6 @@ class NaNGuard(Monitor):
             self.emit(finding)
         trainer = self.live.trainer
         if trainer.is_global_zero:
-            report = markdown_report(found) if found else f"All finite: {self._checked}, the batch and the loss."
+            checked = f"{self._checked}, the batch, {'and the loss' if self._saw_loss else 'but no loss was seen'}"
+            report = markdown_report(found) if found else f"All finite: {checked}."
             Loggers(trainer.loggers).text(TAG, f"First forward pass\n\n{report}", step_of(trainer))

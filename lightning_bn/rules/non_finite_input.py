@@ -32,7 +32,9 @@ def non_finite_input(path: str, index: Sequence[int], seen: Census, *, spread: b
     what = f"{place}: {seen.describe()}, the first at index {list(index)}"
     data = {"path": path, "index": list(index), "nan": seen.nan, "posinf": seen.posinf, "neginf": seen.neginf}
     if not spread:
-        quiet = f"{what}; every module output and the loss are finite all the same"
+        quiet = f"{what}; nothing else that is not finite was traced to it"
         return Finding(RULE, Severity.INFO, quiet, "", data=data)
     advice = "repair or drop this sample where the data set loads it"
-    return Finding(RULE, Severity.ERROR, f"{what}; the network only passed it on", advice, data=data)
+    return Finding(
+        RULE, Severity.ERROR, f"{what}; outputs or the loss of the same step are not finite", advice, data=data
+    )

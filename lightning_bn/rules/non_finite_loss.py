@@ -30,7 +30,7 @@ def non_finite_loss(loss: Census, *, heard: int, arrived: str | None, unseen: Ma
         place = f"no input, no weight and none of {heard} module outputs holds NaN or +inf"
         advice = "look in training_step after the forward pass: a logarithm of 0, a root, or a mean over nothing"
     else:
-        place = f"NaN or +inf came into {arrived or 'the model'} already, and batch and weights hold none"
+        place = f"NaN or +inf came into {arrived or 'the model'} already, and none was seen in batch or weights"
         advice = f"look in training_step at what feeds {arrived or 'the model'}: a logarithm, root or quotient"
     if unseen:
         names = ", ".join(f"{name or 'the model'} ({why})" for name, why in unseen.items())

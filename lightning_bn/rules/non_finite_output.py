@@ -19,7 +19,7 @@ def culprit_of(calls: Sequence[Call]) -> Call | None:
 
     A module is heard when it returns, so the innermost one comes first; a container is named where its own code,
     between its submodules, made the value. A value that a later module takes up and turns into finite ones, as a
-    softmax does with masked scores of -inf, is no fault.
+    softmax does with masked scores of -inf, is no fault; nor is one that does not leave its container.
 
     Args:
         calls: the forward calls in the order in which they returned.
@@ -31,7 +31,8 @@ def culprit_of(calls: Sequence[Call]) -> Call | None:
     cleared: Call | None = None
     for call in calls:
         came, went = call.inputs.level, call.outputs.level
-        if suspect and 0 == went < suspect.outputs.level <= came:
+        taken_up = suspect and (suspect.outputs.level <= came or _holds(call, suspect))
+        if suspect and taken_up and went == 0:
             suspect, cleared = None, suspect
         elif suspect is None and went > came:
             suspect = call
@@ -42,12 +43,13 @@ def culprit_of(calls: Sequence[Call]) -> Call | None:
     return suspect
 
 
-def non_finite_output(culprit: Call, *, harmless: bool, unseen: Mapping[str, str]) -> Finding:
+def non_finite_output(culprit: Call, *, harmless: bool, outcome: str, unseen: Mapping[str, str]) -> Finding:
     """Report the module that made a value non-finite.
 
     Args:
         culprit: the call that :func:`culprit_of` found.
-        harmless: whether the step went on, with a finite loss and finite running statistics.
+        harmless: whether this is a warning and no error.
+        outcome: what became of the step, in words.
         unseen: modules that could not be listened to, with the reason; the fault may lie in one of them.
 
     Returns:
@@ -61,8 +63,7 @@ def non_finite_output(culprit: Call, *, harmless: bool, unseen: Mapping[str, str
     inside = [f"{other} ({why})" for other, why in unseen.items() if _is_below(other, culprit.layer)]
     if inside:
         evidence += f"; not listened to inside: {', '.join(inside)}"
-    if harmless:
-        evidence += "; the loss is finite all the same"
+    evidence += f"; {outcome}"
     severity = Severity.WARNING if harmless else Severity.ERROR
     return Finding(RULE, severity, evidence, _advice(culprit), layer=culprit.layer, data=_data(culprit))
 
@@ -76,6 +77,8 @@ def _inputs(call: Call) -> str:
 
 
 def _advice(call: Call) -> str:
+    if not call.shapes:
+        return f"look at what comes into {call.kind} as well: it could not be looked into"
     top = torch.finfo(call.dtype).max
     if not call.outputs.nan and (call.outputs.posinf or call.outputs.neginf) and call.outputs.largest > top**0.5:
         return (

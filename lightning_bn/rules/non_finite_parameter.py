@@ -24,10 +24,10 @@ def non_finite_parameter(name: str, seen: Census, *, spread: bool) -> Finding | 
     """
     if seen.level < 2:  # noqa: PLR2004  (Census.level: 2 is NaN or +inf)
         return None
-    data = {"nan": seen.nan, "posinf": seen.posinf, "neginf": seen.neginf, "largest": seen.largest}
+    data = {"name": name, "nan": seen.nan, "posinf": seen.posinf, "neginf": seen.neginf, "largest": seen.largest}
     evidence = f"{name}: {seen.describe()} before the forward pass"
     if not spread:
-        evidence += "; this pass did not show it in an output or in the loss"
+        evidence += "; nothing else that is not finite was traced to it"
     severity = Severity.ERROR if spread else Severity.WARNING
     advice = "look at how it was initialised or from which checkpoint it was loaded"
     return Finding(RULE, severity, evidence, advice, layer=name.rpartition(".")[0], data=data)

@@ -24,31 +24,48 @@ def root_cause(seen: Pass) -> list[Finding]:
     Returns:
         The findings of the first cause; notes and warnings about what harmed nothing come with them.
     """
-    poisoned = [finding for finding in _poisoned(seen) if finding]
-    loss_is_finite = seen.loss is None or seen.loss.is_finite
+    poisoned = _poisoned(seen)
+    loss_is_bad = seen.loss is not None and not seen.loss.is_finite
     # Infinities alone spread nothing while the loss is finite: masked attention scores are -inf on purpose.
     came_out = any(call.outputs.nan or (seen.failed and call.outputs.posinf) for call in seen.calls)
-    if loss_is_finite and not poisoned and not came_out:
+    if not loss_is_bad and not poisoned and not came_out:
         return _outside(seen, spread=False)
     culprit = culprit_of(seen.calls)
     inherited = [finding for finding in poisoned if not finding.data["finite_before"]]
     if culprit and _is_first(culprit):
-        owned = [*_weights(seen, spread=True, below=culprit.layer), *_below(inherited, culprit.layer)]
+        owned = [*_owned(seen, culprit), *_below(inherited, culprit.layer)]
         outside = [finding for finding in _outside(seen, spread=False) if finding.layer not in {f.layer for f in owned}]
-        harmless = loss_is_finite and not poisoned and not seen.failed
-        return [*outside, *(owned or [non_finite_output(culprit, harmless=harmless, unseen=seen.unseen)])]
+        return [*outside, *(owned or [_blame(seen, culprit, harmed=loss_is_bad or bool(poisoned))])]
     outside = [*_outside(seen, spread=True), *inherited]
     if any(finding.severity is Severity.ERROR for finding in outside):
         return outside
     if culprit:
-        return [*outside, non_finite_output(culprit, harmless=loss_is_finite, unseen=seen.unseen)]
+        return [*outside, _blame(seen, culprit, harmed=loss_is_bad or bool(poisoned))]
+    return [*outside, *(_made_here(seen, poisoned) or _loss(seen) or poisoned)]
+
+
+def _blame(seen: Pass, culprit: Call, *, harmed: bool) -> Finding:
+    """A warning where the step went on unharmed, or failed beside an infinity that may be meant."""
+    if seen.failed:
+        harmless, outcome = not any(call.outputs.nan for call in seen.calls), "the step then ended in an exception"
+    elif seen.loss is None:
+        harmless, outcome = False, "the loss was not seen"
+    else:
+        harmless, outcome = not harmed, "the loss is finite" if seen.loss.is_finite else "the loss is not finite"
+    return non_finite_output(culprit, harmless=harmless, outcome=outcome, unseen=seen.unseen)
+
+
+def _loss(seen: Pass) -> list[Finding]:
     arrived = next((call.layer for call in seen.calls if call.inputs.level > 1), None)
-    loss = (
-        None
-        if seen.loss is None
-        else non_finite_loss(seen.loss, heard=len(seen.calls), arrived=arrived, unseen=seen.unseen)
-    )
-    return [*outside, *(poisoned or ([loss] if loss else []))]
+    heard = len(seen.calls)
+    found = seen.loss and non_finite_loss(seen.loss, heard=heard, arrived=arrived, unseen=seen.unseen)
+    return [found] if found else []
+
+
+def _made_here(seen: Pass, poisoned: list[Finding]) -> list[Finding]:
+    """Running statistics that are no victims: nothing non-finite came into their layer."""
+    victims = {call.layer for call in seen.calls if call.inputs.level > 1}
+    return [finding for finding in poisoned if finding.layer not in victims]
 
 
 def _is_first(culprit: Call) -> bool:
@@ -61,19 +78,27 @@ def _outside(seen: Pass, *, spread: bool) -> list[Finding]:
     return [*(finding for finding in inputs if finding), *_weights(seen, spread=spread)]
 
 
-def _weights(seen: Pass, *, spread: bool, below: str = "") -> list[Finding]:
+def _owned(seen: Pass, culprit: Call) -> list[Finding]:
+    """Weights of the culprit or of what it holds that were not finite, and buffers of its own."""
+    own = {name: found for name, found in seen.buffers.items() if name.rpartition(".")[0] == culprit.layer}
+    judged = (non_finite_parameter(name, found, spread=True) for name, found in own.items())
+    return [*_below(_weights(seen, spread=True), culprit.layer), *(finding for finding in judged if finding)]
+
+
+def _weights(seen: Pass, *, spread: bool) -> list[Finding]:
     judged = (non_finite_parameter(name, found, spread=spread) for name, found in seen.weights.items())
-    return _below([finding for finding in judged if finding], below)
+    return [finding for finding in judged if finding]
 
 
 def _below(findings: list[Finding], top: str) -> list[Finding]:
     return [finding for finding in findings if f"{finding.layer}.".startswith(f"{top}." if top else "")]
 
 
-def _poisoned(seen: Pass) -> list[Finding | None]:
+def _poisoned(seen: Pass) -> list[Finding]:
     ran = {call.layer for call in seen.calls}
-    return [
+    judged = (
         # Statistics that this pass changed were used by it, heard or not.
         poisoned_running_statistics(layer, before, after, used=layer in ran or before.is_finite)
         for layer, (before, after) in seen.statistics.items()
-    ]
+    )
+    return [finding for finding in judged if finding]

@@ -87,7 +87,8 @@ def census(x: Tensor) -> Tensor:
 def is_measurable(x: Tensor) -> bool:
     """Whether :func:`census` can look at a tensor: floating-point or complex, dense, and with memory of its own."""
     dense = x.layout == torch.strided and not x.is_nested and not x.is_meta
-    return dense and (x.is_floating_point() or x.is_complex())
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)  # noqa: SLF001  (inside vmap or grad; no public name)
+    return dense and not wrapped and (x.is_floating_point() or x.is_complex())
 
 
 def read(rows: Sequence[Tensor]) -> list[Census]:

@@ -214,6 +214,54 @@ def test_manual_optimisation_is_guarded_too(make_trainer):
         make_trainer(NaNGuard()).fit(Manual(with_module(LogOfNegative())), loader())
 
 
+def test_every_loss_of_the_first_batch_counts_with_manual_optimisation(make_trainer):
+    """Of two manual backward passes the second one's NaN is found too."""
+
+    class Two(Healthy):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for sick in (False, True):
+                out = self(batch[0])
+                self.manual_backward(self.loss(torch.log(-out.abs()) if sick else out, batch[1]))
+                self.optimizers().step()
+
+    guard = NaNGuard()
+    with pytest.raises(NonFiniteError, match=r"non-finite-(loss|output)"):
+        make_trainer(guard).fit(Two(), loader())
+
+
+def test_a_loss_that_was_never_seen_is_not_called_finite(make_trainer):
+    """With ``loss.backward()`` in the user's own hands the report says that no loss was seen."""
+
+    class Raw(Healthy):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.loss(self(batch[0]), batch[1]).backward()
+            self.optimizers().step()
+
+    trainer = make_trainer(NaNGuard())
+    trainer.fit(Raw(), loader())
+    events = EventAccumulator(trainer.log_dir).Reload()
+    assert "no loss was seen" in events.Tensors("bn_first_pass/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_two_bad_tensors_of_a_batch_are_two_findings_on_disk(make_trainer):
+    """What the exception lists is all in the file."""
+
+    class Both(Healthy):
+        def training_step(self, batch, batch_idx):
+            return self(batch[0]).sum() * batch[1].sum()
+
+    x = torch.full((8, FEATURES), float("nan"))
+    guard = NaNGuard()
+    trainer = make_trainer(guard)
+    with pytest.raises(NonFiniteError):
+        trainer.fit(Both(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x), 8))
+    assert [finding.data["path"] for finding in read_findings(trainer.log_dir)] == ["batch[0]", "batch[1]"]
+
+
 def test_the_second_fit_is_guarded_as_the_first(make_trainer):
     """Each fit checks its own first step."""
     model, guard = Healthy(), NaNGuard()

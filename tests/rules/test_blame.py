@@ -76,6 +76,24 @@ def before_the_model(model, inputs, labels):
     return cross_entropy(model, inputs / torch.zeros_like(inputs), labels)
 
 
+class FunctionalAttention(nn.Module):
+    """Masks in a module, and takes the softmax in its own code."""
+
+    def __init__(self):
+        super().__init__()
+        self.mask, self.head = MaskedAttention.Mask(), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        scores = self.mask(x.unsqueeze(2) * x.unsqueeze(1))
+        return self.head((torch.softmax(scores, -1) @ x.unsqueeze(2)).squeeze(2))
+
+
+def with_buffer(model, value):
+    """A model that keeps ``value`` in a buffer, as an observer or a best score does."""
+    model.register_buffer("best", torch.tensor(value))
+    return model
+
+
 def labels_of_nan():
     inputs, _ = next(iter(loader()))
     return [inputs, torch.full((len(inputs), CLASSES), NAN)]
@@ -103,6 +121,18 @@ CASES = {
         "non-finite-output",
         "2",
     ),
+    "a mask that a container absorbs is innocent of a NaN in the loss": (
+        nn.Sequential(nn.Linear(FEATURES, WIDTH), FunctionalAttention()),
+        log_loss,
+        "non-finite-loss",
+        None,
+    ),
+    "a buffer of inf is innocent of a NaN in the loss": (
+        with_buffer(network(), INF),
+        log_loss,
+        "non-finite-loss",
+        None,
+    ),
     "NaN made before the model": (network(norm=False), before_the_model, "non-finite-loss", None),
 }
 
@@ -126,6 +156,34 @@ def test_an_unused_nan_weight_does_not_hide_the_module_that_made_nan():
     model.forward = lambda x: nn.Sequential.forward(nn.Sequential(*list(model)), x)
     rows, _ = blamed(model)
     assert rows == [("non-finite-parameter", "warning", ""), ("non-finite-output", "error", "2")]
+
+
+def test_a_buffer_of_infinity_is_no_finding():
+    """Best scores and the observers of quantisation start from infinity."""
+    assert blamed(with_buffer(network(), INF))[0] == []
+
+
+def test_a_note_beside_a_culprit_does_not_call_the_step_finite():
+    """What is said of masked labels stays true where another cause is found."""
+    _, (note, _) = blamed(with_module(LogOfNegative()), labels_of_nan(), squares)
+    assert "finite all the same" not in note.evidence
+
+
+def test_running_statistics_that_nan_came_into_are_victims():
+    """NaN made before the model poisons BatchNorm: the finding says where it came in, and blames no layer."""
+    rows, (finding,) = blamed(network(), step=before_the_model)
+    assert rows == [("non-finite-loss", "error", None)]
+    assert "came into 0" in finding.evidence
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_a_nested_tensor_does_not_disturb_the_recording():
+    """A tensor without a shape is passed over."""
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
+    recorder = Recorder(nn.Sequential(nn.Identity()), nested)
+    with recorder.listen():
+        recorder.layers["0"](nested)
+    assert root_cause(recorder.finish(None)) == []
 
 
 def test_a_nan_weight_is_blamed_and_not_its_module():

@@ -197,11 +197,14 @@ def no_loss(model):
     model(batch()[0])
 
 
-@pytest.mark.parametrize(("failed", "severity"), [(False, "warning"), (True, "error")], ids=["went on", "failed"])
-def test_without_a_loss_nan_is_a_fault_where_the_step_failed(failed, severity):
-    """Where a step has no loss, NaN in an output is a warning; where it ended in an exception, an error."""
+@pytest.mark.parametrize(
+    ("failed", "words"), [(False, "loss was not seen"), (True, "exception")], ids=["went on", "failed"]
+)
+def test_without_a_loss_nan_in_an_output_is_an_error_that_says_so(failed, words):
+    """A loss that was not seen is not called finite."""
     findings = verdict(specimens.with_module(specimens.LogOfNegative()), batch(), no_loss, failed=failed)
-    assert kinds(findings) == [("non-finite-output", severity, "2")]
+    assert kinds(findings) == [("non-finite-output", "error", "2")]
+    assert words in findings[0].evidence
 
 
 def test_a_bad_batch_and_a_bad_parameter_are_reported_together():
