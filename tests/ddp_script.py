@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from specimens import Healthy, LogOfNegative, loader, network, with_module
+from specimens import Healthy, LogOfNegative, LogOfZeroInLoss, loader, network, with_module
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard, NonFiniteError, WeightInit
@@ -60,6 +60,13 @@ class OwnData(Healthy):
         return loader(plant=change if self.plant and RANK == 1 else None)
 
 
+class OwnLoss(LogOfZeroInLoss):
+    """log(0) in training_step, which a distributed Trainer calls through the model itself."""
+
+    def train_dataloader(self):
+        return loader()
+
+
 def demo():
     return [WeightInit(), NaNGuard(), ActivationMonitor(every_n_steps=2), BatchNormMonitor()], DigitsResNet()
 
@@ -71,6 +78,7 @@ SCENARIOS = {
     "nan on rank 1": lambda: ([NaNGuard("raise")], OwnData(plant=True)),
     "stop on rank 1": lambda: ([NaNGuard("stop")], OwnData(plant=True)),
     "nan on both": lambda: ([NaNGuard("raise")], OwnData(with_module(LogOfNegative()))),
+    "nan in the loss": lambda: ([NaNGuard("raise")], OwnLoss()),
     "breaks on rank 1": lambda: ([BreaksOnRankOne(every_n_steps=1), BatchNormMonitor()], OwnData()),
 }
 
