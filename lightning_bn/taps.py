@@ -56,7 +56,7 @@ def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only:
         >>> list(choose(nn.Sequential(nn.Linear(1, 1), nn.ReLU()), ["*0"]).layers)
         ['0']
     """
-    layers, unseen = _reachable(model)
+    layers, unseen = reachable(model)
     if globs is None:
         leaves = {name: module for name, module in layers.items() if not (leaves_only and _has_children(module))}
         return Choice(leaves, {}, _tops(unseen))
@@ -69,6 +69,24 @@ def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only:
     wanted = {name: module for name, module in layers.items() if any(fnmatchcase(name, glob) for glob in globs)}
     hidden = {name: why for name, why in unseen.items() if any(fnmatchcase(name, glob) for glob in globs)}
     return Choice(wanted, unmatched, _tops(hidden))
+
+
+def reachable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules that hooks can reach now, by name, and those that they cannot, with the reason."""
+    layers: dict[str, nn.Module] = {}
+    unseen: dict[str, str] = {}
+    hidden: dict[str, str] = {}  # compiled and scripted modules
+    metrics: list[str] = []
+    for path, module in model.named_modules():
+        if _is_metric(module) or any(is_below(path, metric) for metric in metrics):
+            metrics.append(path)
+            continue
+        reason = next((why for top, why in hidden.items() if is_below(path, top)), None) or _unreachable(module)
+        if reason is None:
+            layers[plain_name(path)] = module
+        else:
+            hidden[path] = unseen[plain_name(path)] = reason
+    return layers, unseen
 
 
 @contextmanager
@@ -119,6 +137,16 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def is_below(name: str, top: str) -> bool:
+    """Whether a module path lies inside another one; everything lies inside the model itself, the empty path.
+
+    Example:
+        >>> is_below("net.10", "net.1"), is_below("net.1.conv", "net.1"), is_below("net", "")
+        (False, True, True)
+    """
+    return name != top and (not top or name.startswith(f"{top}."))
+
+
 class _Hook:
     """A forward hook, or forward pre-hook, whose copies and pickles do nothing."""
 
@@ -158,29 +186,8 @@ def _has_children(module: nn.Module) -> bool:
     return next(module.children(), None) is not None
 
 
-def _reachable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    layers: dict[str, nn.Module] = {}
-    unseen: dict[str, str] = {}
-    hidden: dict[str, str] = {}  # compiled and scripted modules
-    metrics: list[str] = []
-    for path, module in model.named_modules():
-        if _is_metric(module) or any(_is_below(path, metric) for metric in metrics):
-            metrics.append(path)
-            continue
-        reason = next((why for top, why in hidden.items() if _is_below(path, top)), None) or _unreachable(module)
-        if reason is None:
-            layers[plain_name(path)] = module
-        else:
-            hidden[path] = unseen[plain_name(path)] = reason
-    return layers, unseen
-
-
 def _tops(unseen: Mapping[str, str]) -> dict[str, str]:
-    return {name: why for name, why in unseen.items() if not any(_is_below(name, other) for other in unseen)}
-
-
-def _is_below(name: str, other: str) -> bool:
-    return name != other and (not other or name.startswith(f"{other}."))
+    return {name: why for name, why in unseen.items() if not any(is_below(name, other) for other in unseen)}
 
 
 def _unreachable(module: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from lightning_bn.rules.unmatched_layers import unmatched_layers
 from lightning_bn.sinks import Loggers
 from lightning_bn.stats.finite import is_measurable
 from lightning_bn.stats.moments import Summary, blank, complete, measure, pool, pool_into, summarize
-from lightning_bn.taps import choose, listen, tensors_in
+from lightning_bn.taps import choose, listen, reachable, tensors_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -145,7 +145,7 @@ class ActivationMonitor(Monitor):
     def _listen(self, pl_module: LightningModule) -> None:
         self.live.hooks.close()
         self._measured, self._was_due = [], True
-        within_reach = choose(pl_module, self.layers).layers  # modules may have gone into eval mode meanwhile
+        within_reach, _ = reachable(pl_module)  # modules may have gone into eval mode meanwhile
         chosen = {name: module for name, module in self._chosen.items() if name in within_reach}
         self.live.hooks.enter_context(listen(chosen, self._hear))
 

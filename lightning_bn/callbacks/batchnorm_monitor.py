@@ -63,6 +63,7 @@ class BatchNormMonitor(Monitor):
         self._forget()
 
     def _forget(self) -> None:
+        self._awaits_start = True
         self._start: dict[str, Affine] = {}
         self._best: dict[str, Affine] = {}
         self._watched: Watched | None = None
@@ -78,14 +79,14 @@ class BatchNormMonitor(Monitor):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the values before the first update; called by Lightning."""
         # Here SyncBatchNorm is in place and checkpoints are restored.
-        if not self._start and not any(map(is_lazy, pl_module.parameters())):
-            self._start = affine_of(pl_module)
+        if self._awaits_start and not any(map(is_lazy, pl_module.parameters())):
+            self._begin_from(pl_module)
 
     @shielded
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep them where lazy layers got their parameters only now; called by Lightning."""
-        if not self._start:
-            self._start = affine_of(pl_module)
+        if self._awaits_start:
+            self._begin_from(pl_module)
 
     @shielded
     def on_train_batch_end(
@@ -136,8 +137,13 @@ class BatchNormMonitor(Monitor):
         """Take over what :meth:`state_dict` gave; called by Lightning."""
         super().load_state_dict(state_dict)
         self._start = _loaded(state_dict["start"])
+        self._awaits_start = not self._start
         self._best = _loaded(state_dict["best"])
         self._watched = Watched(**state_dict["watched"]) if state_dict["watched"] else None
+
+    def _begin_from(self, pl_module: LightningModule) -> None:
+        self._awaits_start = False
+        self._start = affine_of(pl_module)
 
     @shielded
     def _conclude(self, pl_module: LightningModule) -> None:

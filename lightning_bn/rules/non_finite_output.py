@@ -10,6 +10,7 @@ import torch
 
 from lightning_bn.findings import Finding, Severity
 from lightning_bn.first_pass import Call
+from lightning_bn.taps import is_below
 
 RULE = "non-finite-output"
 
@@ -60,7 +61,7 @@ def non_finite_output(culprit: Call, *, harmless: bool, outcome: str, unseen: Ma
     evidence += _inputs(culprit)
     if culprit.largest_weight is not None:
         evidence += f"; largest |weight| {culprit.largest_weight:.3g}"
-    inside = [f"{other} ({why})" for other, why in unseen.items() if _is_below(other, culprit.layer)]
+    inside = [f"{other} ({why})" for other, why in unseen.items() if is_below(other, culprit.layer)]
     if inside:
         evidence += f"; not listened to inside: {', '.join(inside)}"
     evidence += f"; {outcome}"
@@ -101,11 +102,7 @@ def _data(call: Call) -> dict[str, Any]:
 
 
 def _holds(container: Call, call: Call) -> bool:
-    return _is_below(call.layer, container.layer)
-
-
-def _is_below(name: str, top: str) -> bool:
-    return name != top and (not top or name.startswith(f"{top}."))
+    return is_below(call.layer, container.layer)
 
 
 def _plain(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ from lightning_bn.rules.non_finite_loss import non_finite_loss
 from lightning_bn.rules.non_finite_output import culprit_of, non_finite_output
 from lightning_bn.rules.non_finite_parameter import non_finite_parameter
 from lightning_bn.rules.poisoned_running_statistics import poisoned_running_statistics
+from lightning_bn.taps import is_below
 
 
 def root_cause(seen: Pass) -> list[Finding]:
@@ -91,7 +92,7 @@ def _weights(seen: Pass, *, spread: bool) -> list[Finding]:
 
 
 def _below(findings: list[Finding], top: str) -> list[Finding]:
-    return [finding for finding in findings if f"{finding.layer}.".startswith(f"{top}." if top else "")]
+    return [finding for finding in findings if finding.layer == top or is_below(finding.layer or "", top)]
 
 
 def _poisoned(seen: Pass) -> list[Finding]:
