@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 FEATURES, CLASSES, WIDTH = 12, 4, 16
@@ -124,3 +125,12 @@ def variance_overflow():
     with torch.no_grad():
         net[0].weight.mul_(1e20)
     return net
+
+
+class NoHostRead(TorchDispatchMode):
+    """Raises as soon as a value is brought to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a value was read on the host")
+        return func(*args, **(kwargs or {}))

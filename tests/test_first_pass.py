@@ -8,23 +8,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from specimens import NoHostRead
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn.first_pass import Recorder
 from lightning_bn.rules.non_finite_output import culprit_of
 from lightning_bn.stats.finite import NOTHING, Census
 
 NAN, INF = math.nan, math.inf
-
-
-class NoHostRead(TorchDispatchMode):
-    """Raises as soon as a value is brought to the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise AssertionError("a value was read on the host")
-        return func(*args, **(kwargs or {}))
 
 
 class Doubling(nn.Module):

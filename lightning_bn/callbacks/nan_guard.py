@@ -146,7 +146,7 @@ class NaNGuard(Monitor):
             for rank, findings in enumerate(by_rank)
             for finding in findings
         ]
-        self._tell(found)
+        self._tell(found, final=final)
         errors = [finding for finding in found if finding.severity is Severity.ERROR]
         if errors and self.action == "raise":
             raise NonFiniteError("\n".join(map(console_text, errors)), errors)
@@ -170,11 +170,11 @@ class NaNGuard(Monitor):
         return [finding for finding in root_cause(seen) if finding.rule not in self.ignore]
 
     @shielded
-    def _tell(self, found: list[Finding]) -> None:
+    def _tell(self, found: list[Finding], *, final: bool) -> None:
         for finding in found:
             self.emit(finding)
         trainer = self.live.trainer
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and (final or found):
             checked = f"{self._checked}, the batch, {'and the loss' if self._saw_loss else 'but no loss was seen'}"
             report = markdown_report(found) if found else f"All finite: {checked}."
             Loggers(trainer.loggers).text(TAG, f"First forward pass\n\n{report}", step_of(trainer))
