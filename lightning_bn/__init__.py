@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.nan_guard import NaNGuard
     from lightning_bn.callbacks.weight_init import WeightInit
     from lightning_bn.findings import Finding, NonFiniteError, Severity
+    from lightning_bn.initialization import initialize
     from lightning_bn.norms import find_batchnorm
-    from lightning_bn.schemes import initialize
     from lightning_bn.sinks import read_findings
 
 __version__ = "0.1.0"
@@ -46,7 +46,7 @@ _HOMES = {
     "WeightInit": "callbacks.weight_init",
     "diagnose": "callbacks.diagnosis",
     "find_batchnorm": "norms",
-    "initialize": "schemes",
+    "initialize": "initialization",
     "read_findings": "sinks",
 }
 

@@ -1,157 +1,152 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initialisation schemes: fill weights from a generator of their own, and say what was filled."""
+"""Initialisation schemes: how wide a weight is drawn, and drawing it from a generator of its own."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import UninitializedParameter
 
-from lightning_bn.norms import find_batchnorm
-from lightning_bn.taps import plain_name
+from lightning_bn.layers import Role, Slot
 
-Scheme = Literal["he", "xavier", "naive"]
+Scheme = Literal[
+    "he",
+    "he_uniform",
+    "he_fan_out",
+    "he_fan_out_uniform",
+    "xavier",
+    "xavier_uniform",
+    "naive",
+    "uniform",
+    "orthogonal",
+    "lsuv",
+    "pytorch",
+]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 NAIVE_STD = 0.01
+UNIFORM_BOUND = 0.05
+ASSUMED = {"he": math.sqrt(2.0)}
+"""Gain where the nonlinearity is unknown: that of ReLU for He, 1 for all others, as in the papers."""
+
+Shape = Literal["normal", "uniform", "orthogonal", "constant"]
 
 
 @dataclass(frozen=True)
-class Filled:
-    """One parameter after initialisation.
+class Fill:
+    """How one parameter is filled.
 
     Args:
-        name: parameter path in the model.
-        shape: its shape.
-        scheme: what it was filled by: a scheme's name, ``zeros`` or ``ones``.
-        fan_in: inputs that feed one output element; 0 for biases, γ and β.
-        fan_out: outputs that one input element feeds; 0 for biases, γ and β.
-        target_std: standard deviation of the distribution it was drawn from.
-        actual_std: biased standard deviation of what was drawn.
+        label: what the report calls it: a scheme, ``zeros``, ``ones``, ...
+        shape: the distribution.
+        std: standard deviation of the distribution; 0 for a constant.
+        value: the constant; with ``raised`` the value of one block of it.
+        blocks: matrices stacked along axis 0, each orthogonal by itself.
+        swapped: whether the first two axes are input and output.
+        raised: the block along axis 0, of four, that alone has ``value``; the others are 0.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    scheme: str
-    fan_in: int
-    fan_out: int
-    target_std: float
-    actual_std: float
+    label: str
+    shape: Shape
+    std: float = 0.0
+    value: float = 0.0
+    blocks: int = 1
+    swapped: bool = False
+    raised: int | None = None
 
 
-@dataclass(frozen=True)
-class Report:
-    """What an initialisation did.
-
-    Args:
-        filled: one entry for each parameter that was filled.
-        skipped: parameters of layers that the scheme covers but could not fill, by name, with the reason.
-    """
-
-    filled: tuple[Filled, ...]
-    skipped: dict[str, str]
-
-
-def fans(module: nn.Module) -> tuple[int, int]:
-    """Fan-in and fan-out of a linear, convolution or transposed convolution layer.
-
-    Fan-in is the number of inputs that feed one output element, fan-out the number of output elements that one
-    input feeds, both at stride 1 and away from borders (He et al. 2015, sec. 2.2; Glorot & Bengio 2010,
-    sec. 4.2). A transposed convolution stores its weight as ``(in, out / groups, *)``, so torch's own count
-    takes one for the other; groups divide both.
-
-    Args:
-        module: ``nn.Linear``, ``nn.Conv1d/2d/3d`` or ``nn.ConvTranspose1d/2d/3d``.
-
-    Returns:
-        ``(fan_in, fan_out)``.
+def check_scheme(scheme: object) -> Scheme | float:
+    """A scheme's name, or the standard deviation of a plain normal.
 
     Raises:
-        TypeError: for any other module.
-
-    Example:
-        >>> fans(nn.Conv2d(8, 16, 3, groups=4)), fans(nn.ConvTranspose2d(8, 16, 3))
-        ((18, 36), (72, 144))
+        ValueError: where it is neither.
     """
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, _ConvNd):
-        taps = math.prod(module.kernel_size)
-        return module.in_channels // module.groups * taps, module.out_channels // module.groups * taps
-    raise TypeError(f"module must be Linear, Conv or ConvTranspose, got {type(module).__name__}")
+    if isinstance(scheme, str) and scheme in SCHEMES:
+        return scheme  # type: ignore[return-value]
+    number = isinstance(scheme, int | float) and not isinstance(scheme, bool)
+    if number and math.isfinite(scheme) and scheme > 0:  # type: ignore[arg-type, operator]
+        return float(scheme)  # type: ignore[arg-type]
+    names = ", ".join(SCHEMES)
+    raise ValueError(f"scheme must be one of {names}, or a standard deviation above 0, got {scheme!r}")
 
 
-def target_std(scheme: Scheme, fan_in: int, fan_out: int) -> float:
-    """Standard deviation that a scheme draws weights with, mean 0, normal.
+def family(scheme: Scheme | float) -> str:
+    """The scheme without its distribution and fan: ``he`` for ``he_fan_out_uniform``; ``normal`` for a number."""
+    return scheme.split("_", maxsplit=1)[0] if isinstance(scheme, str) else "normal"
 
-    He: √(2 / fan_in), He et al. 2015, eq. 10. Xavier: √(2 / (fan_in + fan_out)), Glorot & Bengio 2010, eq. 12.
-    Naive: 0.01 whatever the layer, Krizhevsky et al. 2012, sec. 5.
+
+def uses_gain(scheme: Scheme | float) -> bool:
+    """Whether a scheme asks for the nonlinearity behind a layer; for an orthogonal start too (Saxe et al. 2014)."""
+    return family(scheme) in {"he", "xavier", "orthogonal"}
+
+
+def target_std(scheme: Scheme | float, fan_in: int, fan_out: int, gain: float | None = None) -> float:
+    """Standard deviation that a scheme draws weights with; their mean is 0.
+
+    He: gain/√fan_in, or gain/√fan_out (He et al. 2015, eq. 10 and 14). Xavier: gain·√(2/(fan_in + fan_out))
+    (Glorot & Bengio 2010, eq. 12; uniform: eq. 16). Naive: 0.01 (Krizhevsky et al. 2012, sec. 5). Uniform: that of
+    U(−0.05, 0.05), 0.05/√3. A number: itself.
 
     Args:
-        scheme: ``he``, ``xavier`` or ``naive``.
+        scheme: a scheme's name, or a standard deviation.
         fan_in: inputs of one output element.
         fan_out: outputs of one input element.
+        gain: factor for the nonlinearity; None assumes ReLU for He and none for Xavier.
+
+    Raises:
+        ValueError: for ``orthogonal``, ``lsuv`` and ``pytorch``, whose spread fans do not decide.
 
     Example:
         >>> target_std("he", 50, 10), target_std("xavier", 50, 50)
         (0.2, 0.1414213562373095)
     """
-    if scheme == "naive":
-        return NAIVE_STD
-    fan = fan_in if scheme == "he" else (fan_in + fan_out) / 2
-    gain = math.sqrt(2.0) if scheme == "he" else 1.0
-    return gain / math.sqrt(max(fan, 1))
+    if not isinstance(scheme, str):
+        return float(scheme)
+    fixed = {"naive": NAIVE_STD, "uniform": UNIFORM_BOUND / math.sqrt(3)}
+    if scheme in fixed:
+        return fixed[scheme]
+    kind = family(scheme)
+    if kind not in {"he", "xavier"}:
+        raise ValueError(f"scheme must be one whose spread the fans decide, got {scheme!r}")
+    fan = (fan_in + fan_out) / 2 if kind == "xavier" else fan_out if "fan_out" in scheme else fan_in
+    return (ASSUMED.get(kind, 1.0) if gain is None else gain) / math.sqrt(max(fan, 1))
 
 
-def initialize(model: nn.Module, scheme: Scheme = "he", *, seed: int = 0) -> Report:
-    """Initialise a model in place; the global random state is neither read nor moved.
+def fill_for(slot: Slot, scheme: Scheme | float, gain: float | None = None) -> Fill:
+    """How a scheme fills a weight.
 
-    Weights of linear, convolution and transposed convolution layers are drawn from the scheme, their biases are
-    set to 0. BatchNorm layers get γ = 1, β = 0 and fresh running statistics. Each parameter has a random stream
-    of its own, made from ``seed`` and the parameter's name, so that adding a layer leaves the others as they
-    were. A parameter that several layers share is filled once, under its first name. Frozen parameters
-    (``requires_grad=False``) keep their values: they are as good as always pretrained. Layers of other types are
-    left as they are.
+    Recurrent weights are orthogonal, gate by gate, under every scheme that looks at fans (Saxe et al. 2014; Le et
+    al. 2015 for its use), and drawn like all others under those that do not. Embeddings are looked up, not
+    multiplied: under ``orthogonal`` and ``lsuv`` they are drawn as by ``he``.
 
     Args:
-        model: the network.
-        scheme: ``he`` (before ReLU), ``xavier`` (before tanh, sigmoid or none) or ``naive`` (N(0, 0.01²)).
-        seed: seed of all streams.
-
-    Returns:
-        What was filled and what could not be.
-
-    Raises:
-        ValueError: where ``scheme`` is not one of the three.
-
-    Example:
-        >>> report = initialize(nn.Sequential(nn.Linear(200, 200), nn.BatchNorm1d(200)), "he")
-        >>> [(row.name, row.scheme, row.target_std) for row in report.filled][:2]
-        [('0.weight', 'he', 0.1), ('0.bias', 'zeros', 0.0)]
+        slot: a weight, recurrent weight or embedding.
+        scheme: a scheme's name, or a standard deviation.
+        gain: factor for the nonlinearity behind the layer; None where it is unknown.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-    filled: list[Filled] = []
-    skipped: dict[str, str] = {}
-    done: set[int] = set()
-    for name, parameter, fill in _plan(model, scheme):
-        reason = _unfillable(parameter)
-        if reason is not None:
-            skipped[name] = reason
-        elif id(parameter) not in done:
-            filled.append(_fill(name, parameter, fill, seed))
-            done.add(id(parameter))
-    for name, layer in find_batchnorm(model).items():
-        if isinstance(layer.weight, nn.Parameter) and _inside(name, "weight") not in skipped:
-            layer.reset_running_stats()  # without γ nothing tells a frozen layer from another
-    return Report(tuple(filled), skipped)
+    kind = family(scheme)
+    label = scheme if isinstance(scheme, str) else f"normal({scheme:g})"
+    if slot.role is Role.EMBEDDING and kind in {"orthogonal", "lsuv"}:
+        return Fill("he", "normal", target_std("he", slot.fan_in, slot.fan_out, gain))
+    if kind in {"orthogonal", "lsuv"} or (slot.role is Role.RECURRENT and kind in {"he", "xavier"}):
+        rows, columns = matrix_shape(slot)
+        std = (1.0 if gain is None else gain) / math.sqrt(max(rows, columns, 1))
+        name = label if kind in {"orthogonal", "lsuv"} else "orthogonal"
+        return Fill(name, "orthogonal", std, blocks=slot.blocks, swapped=slot.swapped)
+    uniform = isinstance(scheme, str) and scheme.endswith("uniform")
+    std = target_std(scheme, slot.fan_in, slot.fan_out, gain)
+    return Fill(label, "uniform" if uniform else "normal", std)
+
+
+def matrix_shape(slot: Slot) -> tuple[int, int]:
+    """Rows and columns of each of the matrices of a weight: outputs, and inputs times the kernel."""
+    shape = tuple(slot.tensor.shape)
+    taps = math.prod(shape[2:])
+    first, second = shape[0] // slot.blocks, math.prod(shape[1:2])
+    return (second, first * taps) if slot.swapped else (first, second * taps)
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -160,59 +155,33 @@ def stream_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-@dataclass(frozen=True)
-class _Fill:
-    scheme: str
-    std: float = 0.0
-    value: float = 0.0
-    fan_in: int = 0
-    fan_out: int = 0
-
-
-def _plan(model: nn.Module, scheme: Scheme) -> Iterator[tuple[str, Tensor, _Fill]]:
-    norms = {id(layer) for layer in find_batchnorm(model).values()}
-    for path, module in model.named_modules():
-        if id(module) in norms:
-            weight_fill = _Fill("ones", value=1.0)
-        elif isinstance(module, NonDynamicallyQuantizableLinear):
-            continue  # the output projection of attention, of which the rest is not covered either
-        elif isinstance(module, nn.Linear | _ConvNd | _ConvTransposeNd):
-            fan_in, fan_out = fans(module)
-            weight_fill = _Fill(scheme, target_std(scheme, fan_in, fan_out), fan_in=fan_in, fan_out=fan_out)
-        else:
-            continue
-        for name, fill in (("weight", weight_fill), ("bias", _Fill("zeros"))):
-            tensor = getattr(module, name)
-            if isinstance(tensor, Tensor):
-                yield _inside(plain_name(path), name), tensor, fill
-
-
-def _inside(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _unfillable(parameter: Tensor) -> str | None:
-    if not isinstance(parameter, nn.Parameter):
-        return "computed from other parameters (a parametrization)"
-    if not parameter.requires_grad:
-        return "frozen (requires_grad=False)"
-    if isinstance(parameter, UninitializedParameter):
-        return "a lazy module that has not seen its first batch"
-    if parameter.is_meta:
-        return "on the meta device, without memory"
-    if type(parameter.data) is not Tensor:
-        return f"held as {type(parameter.data).__name__}, sharded over processes"
-    return None if parameter.is_floating_point() else f"of dtype {parameter.dtype}"
-
-
 @torch.no_grad()
-def _fill(name: str, parameter: Tensor, fill: _Fill, seed: int) -> Filled:
-    # Drawn on the CPU in float32: the same numbers on every device, in every dtype, on every rank.
-    values = torch.full(parameter.shape, fill.value)
-    if fill.std:
-        generator = torch.Generator().manual_seed(stream_seed(seed, name))
+def draw(values: Tensor, fill: Fill, seed: int) -> None:
+    """Fill a tensor in place, from a generator of its own.
+
+    Args:
+        values: float32 tensor on the CPU.
+        fill: what to fill it with.
+        seed: seed of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if fill.shape == "normal":
         nn.init.normal_(values, 0.0, fill.std, generator=generator)
-    parameter.copy_(values)
-    actual = values.std(correction=0).item() if values.numel() else 0.0
-    shape = tuple(parameter.shape)
-    return Filled(name, shape, fill.scheme, fill.fan_in, fill.fan_out, fill.std, actual)
+    elif fill.shape == "uniform":
+        bound = math.sqrt(3) * fill.std
+        nn.init.uniform_(values, -bound, bound, generator=generator)
+    elif fill.shape == "orthogonal":
+        _draw_orthogonal(values, fill, generator)
+    else:
+        nn.init.constant_(values, 0.0 if fill.raised is not None else fill.value)
+        if fill.raised is not None:
+            values.chunk(4)[fill.raised].fill_(fill.value)
+
+
+def _draw_orthogonal(values: Tensor, fill: Fill, generator: torch.Generator) -> None:
+    for block in values.chunk(fill.blocks):
+        turned = block.transpose(0, 1) if fill.swapped else block
+        matrix = torch.empty(turned.shape[0], math.prod(turned.shape[1:]))
+        if matrix.numel():
+            nn.init.orthogonal_(matrix, fill.std * math.sqrt(max(matrix.shape)), generator=generator)
+        turned.copy_(matrix.reshape(turned.shape))

@@ -16,6 +16,7 @@ import fsspec
 from lightning_bn.findings import Finding, Severity
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 FOLDER = "lightning_bn"
@@ -56,6 +57,18 @@ class FindingsFile:
         cut_off = filesystem.exists(path) and filesystem.tail(path, 1) not in {b"", b"\n"}  # by a killed process
         with filesystem.open(path, "ab") as file:
             file.write((b"\n" if cut_off else b"") + f"{line}\n".encode())
+
+    def write_beside(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file into the same folder, in place of the one that is there.
+
+        Args:
+            name: file name.
+            content: plain JSON types.
+        """
+        filesystem, path = fsspec.core.url_to_fs(f"{self.path.removesuffix(FILE)}{name}")
+        filesystem.makedirs(filesystem._parent(path), exist_ok=True)  # noqa: SLF001  (fsspec's own path splitting)
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1)
+        filesystem.pipe_file(path, f"{text}\n".encode())
 
 
 def read_findings(log_dir: str | os.PathLike[str]) -> list[Finding]:
@@ -104,6 +117,18 @@ class Loggers:
         for logger in self._loggers:
             if _writes_to_tensorboard(logger):
                 logger.experiment.add_text(tag, markdown, step)
+                logger.experiment.flush()
+
+    @property
+    def have_tensorboard(self) -> bool:
+        """Whether any of them shows text and pictures."""
+        return any(map(_writes_to_tensorboard, self._loggers))
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        """Write a matplotlib figure to TensorBoard's Images; other loggers are left alone."""
+        for logger in self._loggers:
+            if _writes_to_tensorboard(logger):
+                logger.experiment.add_figure(tag, figure, step, close=False)  # closing is pyplot's business
                 logger.experiment.flush()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 FAST_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+_deaf_blocks: ContextVar[int] = ContextVar("_deaf_blocks", default=0)
+"""How many blocks of :func:`deaf` this thread is in."""
 
 Hear = Callable[[str, nn.Module, Any, Any], None]
 """Called after a module's forward pass with its name, the module, ``(args, kwargs)`` and its output."""
@@ -112,6 +116,16 @@ def listen(layers: Mapping[str, nn.Module], hear: Hear, expect: Expect | None = 
         yield
 
 
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Keep what runs in this block, on this thread, from all who listen since before; who begins inside hears."""
+    token = _deaf_blocks.set(_deaf_blocks.get() + 1)
+    try:
+        yield
+    finally:
+        _deaf_blocks.reset(token)
+
+
 def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a nested container with its path: tuples, lists, mappings and dataclasses.
 
@@ -153,8 +167,11 @@ class _Hook:
     def __init__(self, name: str, tell: Callable[..., None]) -> None:
         self._name = name
         self._tell = tell
+        self._depth = _deaf_blocks.get()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        if _deaf_blocks.get() > self._depth:
+            return
         # Not in backward (where checkpointing runs modules again), nor while somebody traces the model.
         if torch._C._current_graph_task_id() == -1 and not torch._C._is_tracing():  # noqa: SLF001  (no public names)
             with torch.no_grad(), _unrecorded():

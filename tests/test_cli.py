@@ -137,7 +137,7 @@ def test_the_recipes_change_line_works(tmp_path):
     ("callback", "argument", "value", "words"),
     [
         pytest.param("ActivationMonitor", "every_n_steps", 0, "every_n_steps must be a whole number", id="interval"),
-        pytest.param("WeightInit", "scheme", "hee", "he, xavier, naive", id="scheme"),
+        pytest.param("WeightInit", "scheme", "hee", "he, xavier_uniform, naive", id="scheme"),
         pytest.param("NaNGuard", "action", 3, "raise, stop, warn", id="action"),
         pytest.param("NaNGuard", "actoin", "raise", "actoin", id="misspelt argument"),
     ],
@@ -176,7 +176,7 @@ def test_help_tells_a_stranger_what_every_argument_does(tmp_path, callback):
     assert "--trainer.callbacks.ignore" in done.stdout
     assert "slugs of findings that are" in done.stdout
     expected = {
-        "WeightInit": ["Initialise the model before training", "{he,xavier,naive}"],
+        "WeightInit": ["Initialise the model before training", "xavier_uniform", "N(0, 0.01²)", "residual branch"],
         "NaNGuard": ["Check the first training batch in full", "{raise,stop,warn}", "whose message is the report"],
         "ActivationMonitor": ["share of zeros", "shell patterns on module names"],
         "BatchNormMonitor": ["γ and β", "smaller is better"],

@@ -4,14 +4,26 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from lightning_bn.callbacks.arguments import check_choice
-from lightning_bn.callbacks.base import Monitor, shielded
-from lightning_bn.rules.not_initialised import could_not_fill, left_alone, replaced_by_checkpoint
-from lightning_bn.schemes import SCHEMES, Report, Scheme, initialize
+from lightning_bn.callbacks.arguments import check_strings
+from lightning_bn.callbacks.base import Monitor, gather_objects, is_compiled, print_above_bar, shielded
+from lightning_bn.callbacks.first_batch import find_factors, first_pass, foretell, judge_loss, publish
+from lightning_bn.callbacks.late_layers import after_building, as_before
+from lightning_bn.first_signal import SignalRecorder
+from lightning_bn.init_plan import LAZY, Plan, Wishes, plan
+from lightning_bn.init_report import init_console
+from lightning_bn.initialization import Report, carry_out, merge, rescale, seem_loaded
+from lightning_bn.rules.not_initialised import could_not_fill, left_alone, not_scaled, remark, replaced_by_checkpoint
+from lightning_bn.rules.not_watched import not_watched
+from lightning_bn.rules.overwritten_weights import overwritten_weights
+from lightning_bn.rules.unmatched_layers import unmatched_layers
+from lightning_bn.schemes import Scheme
+from lightning_bn.taps import listen
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -20,25 +32,39 @@ MARK = "_lightning_bn_initialised"
 """Attribute of a LightningModule that was initialised: it travels with copies of the module, not with its weights."""
 
 
-WRAPS = "_lightning_bn_wraps"
-"""Attribute of a wrapper of ``configure_model``: what stood in its place on the instance, or None."""
-
-
 class WeightInit(Monitor):
-    """Initialise the model before training: He, Xavier or naive weights, zero biases, BatchNorm γ = 1 and β = 0.
+    """Initialise the model before training, and show what the first forward pass made of it.
 
-    Covers Linear, Conv and ConvTranspose layers of any dimension, and BatchNorm with its running statistics. Other
-    layers and frozen parameters keep what they have. A resumed run keeps its checkpoint's weights, and a model
-    that was initialised once is left alone by every later fit. Each parameter has its own random stream: the
-    global random state is untouched, all ranks agree, and adding a layer does not change the others. Runs once per
-    model and costs nothing in training. Weights that were loaded before the fit are overwritten.
+    Weights of Linear, Conv, ConvTranspose, Embedding, attention and recurrent layers are drawn from the scheme, biases
+    become 0, normalisation layers get γ = 1, β = 0 and fresh running statistics. Recurrent weights are orthogonal, gate
+    by gate, unless the scheme is naive, uniform or a number. Frozen parameters (``requires_grad=False``) keep what they
+    have. A resumed run keeps its checkpoint's weights, and a model that was initialised once is left alone by every
+    later fit. Each parameter has its own random stream: the global random state is untouched, all ranks agree, and
+    adding a layer does not change the others. Weights that look loaded or trained are warned about before they are
+    overwritten. TensorBoard's Text tab gets one row for each parameter (``bn_init``) and the signal over depth in the
+    first training batch (``bn_init_signal``, with a figure); ``init.json`` beside the findings holds both. Costs
+    nothing after the first batch.
 
     Args:
-        scheme: ``he`` = N(0, 2 / fan_in), for ReLU networks (He et al. 2015, eq. 10); ``xavier`` =
-            N(0, 2 / (fan_in + fan_out)), for tanh, sigmoid or linear ones (Glorot & Bengio 2010, eq. 12); ``naive``
-            = N(0, 0.01²), whatever the layer.
+        scheme: ``he`` = N(0, gain² / fan_in), for ReLU networks (He et al. 2015, eq. 10), ``he_fan_out`` with the other
+            fan; ``xavier`` = N(0, gain² · 2 / (fan_in + fan_out)), for tanh, sigmoid or linear ones (Glorot & Bengio
+            2010, eq. 12); each also as ``..._uniform`` of the same variance; ``naive`` = N(0, 0.01²); ``uniform`` =
+            U(−0.05, 0.05); ``orthogonal`` (Saxe et al. 2014); ``lsuv``, which scales orthogonal weights to outputs of
+            variance 1 on the first training batch (Mishkin & Matas 2016); ``pytorch`` touches nothing and only
+            reports; a number σ = N(0, σ²).
+        nonlinearity: the nonlinearity that the gain of he, xavier and orthogonal is for, such as ``relu``, ``tanh``,
+            ``linear``, for all layers or by shell pattern on module names; None takes what follows each layer in the
+            order of the modules, and where that is unknown ReLU for he and none for the others.
+        include: shell patterns on module or parameter names, or names of module classes, one or a list; a module that
+            matches is meant with all below it. None is everything.
+        exclude: the same, to leave alone.
+        zero_init_residual: True puts γ = 0 on the BatchNorm layers that close a residual branch (Goyal et al. 2017),
+            and on no other; None keeps a γ = 0 that the model itself has there; False puts γ = 1 everywhere.
+        forget_bias: bias of the forget gate of LSTM layers, such as 1 (Jozefowicz et al. 2015); None is 0.
+        show: print the table of parameters on the console.
         seed: seed of the weights, at least 0; None takes the seed of ``seed_everything``, or else of this process.
-        ignore: slugs of findings that are not to be reported, out of not-initialised.
+        ignore: slugs of findings that are not to be reported, out of not-initialised, overwritten-weights,
+            unmatched-layers, overflow-by-initialisation, large-initial-loss, not-watched.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -47,19 +73,44 @@ class WeightInit(Monitor):
         ``Trainer(callbacks=[lightning_bn.WeightInit("he")])``
     """
 
-    def __init__(self, scheme: Scheme = "he", *, seed: int | None = None, ignore: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        scheme: Scheme | float = "he",
+        *,
+        nonlinearity: str | dict[str, str] | None = None,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        zero_init_residual: bool | None = None,
+        forget_bias: float | None = None,
+        show: bool = False,
+        seed: int | None = None,
+        ignore: list[str] | None = None,
+    ) -> None:
         super().__init__(ignore=ignore)
-        check_choice("scheme", scheme, SCHEMES)
+        included = check_strings("include", include)
+        excluded = check_strings("exclude", exclude) or ()
+        self.wishes = Wishes(scheme, nonlinearity, included, excluded, zero_init_residual, forget_bias)
+        if not isinstance(show, bool):
+            raise ValueError(f"show must be true or false, got {show!r}")  # noqa: TRY004  (as for all other arguments)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise ValueError(f"seed must be a whole number of at least 0, or None, got {seed!r}")
-        self.scheme: Scheme = scheme
+        self.scheme = self.wishes.scheme
+        self.show = show
         self.seed = seed
         self.report: Report | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._leaves_alone = False
+        self._awaits_batch = False
+        self._recorder: SignalRecorder | None = None
+        self._ear = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Arrange for the weights to be set when ``configure_model`` has run; called by Lightning."""
+        """Arrange for the weights to be set when the layers are built; called by Lightning."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            self._forget()
             self._arrange(trainer, pl_module)
 
     @shielded
@@ -67,53 +118,155 @@ class WeightInit(Monitor):
         """Say what was done; called by Lightning."""
         self.live.hooks.close()
         if self.report is not None:
-            self.emit(could_not_fill(self.report.skipped))
-        if self.report is not None and trainer.ckpt_path:
-            self.emit(replaced_by_checkpoint(str(trainer.ckpt_path)))
+            self._tell(trainer, pl_module, self.report)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out whether a checkpoint has replaced the weights; called by Lightning."""
+        # Not before: sharded strategies restore after on_fit_start. And the same on all ranks, also where this monitor
+        # has failed on one, as what awaits the first batch may be a collective.
+        self._awaits_batch = not self._leaves_alone and not trainer.ckpt_path
+        self._tell_restored(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Scale the weights on the first batch for LSUV, and listen to that batch; called by Lightning."""
+        if self._awaits_batch:
+            self._awaits_batch = False
+            if self.scheme == "lsuv":
+                # Outside the shield, as every rank takes part: all scale by the factors of the first, or none.
+                by_rank = gather_objects(trainer, self._factors(trainer, pl_module, batch, batch_idx))
+                self._scale(pl_module, None if None in by_rank else by_rank[0])
+            self._listen(pl_module)
+
+    @shielded
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Say what the first forward pass showed; called by Lightning."""
+        self._conclude(pl_module, loss)
+
+    @shielded
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say it where the step had no backward pass of Lightning's; called by Lightning."""
+        self._conclude(pl_module, None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the model; called by Lightning."""
+        self._recorder = None
+        super().on_exception(trainer, pl_module, exception)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what belongs to a first batch in progress."""
+        return {**super().__getstate__(), "_recorder": None, "_ear": ExitStack()}
 
     @shielded
     def _arrange(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = None
-        seed = trainer.strategy.broadcast(self._seed())
-        if not _builds_later(pl_module):
-            self._apply(pl_module, seed)
-            return
-        # No callback hook runs between configure_model and the restore of a checkpoint. Lightning calls an
-        # override of configure_model, and an attribute of the instance is one; it may be called twice
-        # (WeightAveraging does), which the fixed seed makes harmless.
-        self.live.hooks.callback(_unwrap, pl_module)
-        present = pl_module.configure_model
-
-        def configure_model() -> None:
-            present()
-            self._apply(pl_module, seed)
-
-        setattr(configure_model, WRAPS, pl_module.__dict__.get("configure_model"))
-        pl_module.__dict__["configure_model"] = configure_model
+        seed = int(trainer.strategy.broadcast(self._seed()))
+        self.live.hooks.callback(as_before, pl_module)
+        after_building(pl_module, lambda: self._apply(pl_module, seed))
 
     @shielded
     def _apply(self, pl_module: LightningModule, seed: int) -> None:
         before = getattr(pl_module, MARK, None)
         if before is not None and self.report is None:  # by an earlier fit, or by another instance in this one
+            self._leaves_alone = True
             self.emit(left_alone(before))
             return
-        self.report = initialize(pl_module, self.scheme, seed=seed)
-        setattr(pl_module, MARK, self.scheme)
+        planned = plan(pl_module, self.wishes)
+        for argument, entry, nearest in self.wishes.scope.unmatched(pl_module):
+            what = "a module, a parameter or a module class"
+            self.emit(unmatched_layers(entry, nearest, argument=argument, what=what))
+        loaded = seem_loaded(pl_module, planned)
+        number = sum(entry.fill is not None for entry in planned.entries)
+        self.emit(overwritten_weights(loaded, number, str(self.scheme)))
+        self.report = carry_out(pl_module, planned, self.scheme, seed)
+        if self.scheme != "pytorch":
+            setattr(pl_module, MARK, str(self.scheme))
 
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if self.seed is None else self.seed
 
+    def _tell(self, trainer: Trainer, pl_module: LightningModule, report: Report) -> None:
+        lazy = {name for name, why in report.skipped.items() if why == LAZY}
+        self.emit(could_not_fill({name: why for name, why in report.skipped.items() if name not in lazy}))
+        for text in report.remarks:
+            self.emit(remark(text))
+        if trainer.ckpt_path:
+            return
+        if lazy:
+            self._await_layers(pl_module)
+        self.emit(foretell(trainer, pl_module, report))
+        publish(self.live, report)
+        if self.show and trainer.is_global_zero:
+            print_above_bar(trainer, init_console(report))
 
-def _unwrap(pl_module: LightningModule) -> None:
-    """Take all wrappers off a model: its ``configure_model`` is that of its class again, or the user's own."""
-    present = pl_module.__dict__.pop("configure_model", None)
-    while hasattr(present, WRAPS):
-        present = getattr(present, WRAPS)
-    if present is not None:
-        pl_module.__dict__["configure_model"] = present
+    @shielded
+    def _tell_restored(self, trainer: Trainer) -> None:
+        if self.report is not None and trainer.ckpt_path:
+            self.emit(replaced_by_checkpoint(str(trainer.ckpt_path)))
 
+    def _await_layers(self, pl_module: LightningModule) -> None:
+        """Fill lazy layers when they get their parameters, in their first forward pass."""
+        seed = self.report.seed if self.report else 0
+        waiting = {
+            entry.layer: pl_module.get_submodule(entry.layer)
+            for entry in plan(pl_module, self.wishes).entries
+            if entry.why == LAZY
+        }
 
-def _builds_later(pl_module: LightningModule) -> bool:
-    """Whether the project has a ``setup`` or ``configure_model`` of its own, which may still add layers."""
-    hooks = (pl_module.setup, pl_module.configure_model)
-    return any(not hook.__module__.startswith(("lightning.pytorch.", "pytorch_lightning.")) for hook in hooks)
+        def fill(name: str, module: nn.Module, inputs: Any) -> None:  # noqa: ARG001  (signature of taps.Expect)
+            if waiting.pop(name, None) is not None:
+                self._fill_layer(pl_module, name, seed)
+
+        self.live.hooks.enter_context(listen(dict(waiting), lambda *_: None, fill))
+
+    @shielded
+    def _fill_layer(self, pl_module: LightningModule, layer: str, seed: int) -> None:
+        planned = plan(pl_module, self.wishes)
+        entries = tuple(entry for entry in planned.entries if entry.layer == layer)
+        late = carry_out(pl_module, Plan(entries), self.scheme, seed)
+        self.report = merge(self.report, late) if self.report else late
+
+    @shielded
+    def _factors(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> dict[str, float] | None:
+        if self.report is None:
+            return None
+        factors, why = find_factors(trainer, pl_module, plan(pl_module, self.wishes), batch, batch_idx)
+        if why:
+            self.emit(not_scaled(why), any_rank=True)
+        return factors
+
+    @shielded
+    def _scale(self, pl_module: LightningModule, factors: dict[str, float] | None) -> None:
+        if factors is not None and self.report is not None:
+            self.report, unscaled = rescale(plan(pl_module, self.wishes), self.report, factors)
+            if unscaled:
+                self.emit(not_scaled("no output, or a constant one, on the first batch", unscaled))
+
+    @shielded
+    def _listen(self, pl_module: LightningModule) -> None:
+        if self.report is None:
+            return
+        if is_compiled(pl_module):
+            self.emit(not_watched("the first forward pass", "the LightningModule is compiled (torch.compile)"))
+        recorder = SignalRecorder(pl_module)
+        self._ear = self.live.hooks.enter_context(ExitStack())
+        self._ear.enter_context(listen({} if is_compiled(pl_module) else recorder.layers, self._hear))
+        self._recorder = recorder
+
+    @shielded
+    def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.hear(name, module, inputs, output)
+
+    def _conclude(self, pl_module: LightningModule, loss: Tensor | None) -> None:
+        recorder, self._recorder = self._recorder, None
+        if recorder is None or self.report is None:
+            return
+        self._ear.close()
+        self.emit(could_not_fill({name: why for name, why in self.report.skipped.items() if why == LAZY}))
+        shown = first_pass(self.live.trainer, pl_module, recorder.finish(), loss)
+        self.emit(judge_loss(shown))
+        publish(self.live, self.report, shown)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from lightning_bn.rules import (
     affine_drift,
+    large_initial_loss,
     monitor_failed,
     non_finite_input,
     non_finite_loss,
@@ -12,12 +13,15 @@ from lightning_bn.rules import (
     non_finite_parameter,
     not_initialised,
     not_watched,
+    overflow_by_initialisation,
+    overwritten_weights,
     poisoned_running_statistics,
     unmatched_layers,
 )
 
 SLUGS: tuple[str, ...] = (
     affine_drift.RULE,
+    large_initial_loss.RULE,
     monitor_failed.RULE,
     non_finite_input.RULE,
     non_finite_loss.RULE,
@@ -25,6 +29,8 @@ SLUGS: tuple[str, ...] = (
     non_finite_parameter.RULE,
     not_initialised.RULE,
     not_watched.RULE,
+    overflow_by_initialisation.RULE,
+    overwritten_weights.RULE,
     poisoned_running_statistics.RULE,
     unmatched_layers.RULE,
 )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initialisation did not happen, or did not last."""
+"""Initialisation did not happen, or did not last, or not for all parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning_bn.findings import Finding, Severity
 
@@ -31,3 +31,20 @@ def could_not_fill(skipped: Mapping[str, str]) -> Finding | None:
     what = "1 parameter kept its value" if len(names) == 1 else f"{len(names)} parameters kept their values"
     evidence = f"{what}: {shown}"
     return Finding(RULE, Severity.INFO, evidence, "", data={"skipped": dict(skipped)})
+
+
+def remark(text: str) -> Finding:
+    """Say something particular about an initialisation that did happen, such as a γ that stays 0."""
+    return Finding(RULE, Severity.INFO, text, "")
+
+
+def not_scaled(why: str, layers: Sequence[str] = ()) -> Finding:
+    """Say that LSUV left weights orthogonal instead of scaling them to unit variance.
+
+    Args:
+        why: the reason.
+        layers: the layers it concerns; empty for all.
+    """
+    which = f"the weights of {', '.join(layers)}" if layers else "all weights"
+    evidence = f"lsuv left {which} orthogonal, not scaled to unit variance: {why}"
+    return Finding(RULE, Severity.INFO, evidence, "", data={"layers": list(layers)})

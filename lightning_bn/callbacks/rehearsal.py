@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the training step of a LightningModule without a trace in its training."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lightning_bn.quarantine import lazy_tensors, quarantine
+from lightning_bn.taps import tensors_in
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+KNOWN_OF_A_LOGGER = ("name", "version", "save_dir", "log_dir", "root_dir")
+"""What a silent logger answers as the real one does: a step may build a path of it."""
+
+
+def rehearse(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
+    """Run ``training_step`` on a batch in quarantine: the real step that follows will compute the same, bit for bit.
+
+    The step runs on a copy of the batch, under the trainer's precision, with silent loggers, eagerly where the model
+    is compiled, and not through a DDP wrapper. What it writes past all this stays: prints, files, attributes of the
+    trainer and of objects of its own classes. See :func:`~lightning_bn.quarantine.quarantine` for what is put back.
+
+    Args:
+        trainer: the trainer, between the hooks of a fit.
+        pl_module: its model.
+        batch: what ``training_step`` gets, on the model's device.
+        batch_idx: its number in the epoch.
+
+    Returns:
+        What ``training_step`` returned. To run a backward pass on it, be in a ``quarantine`` of your own.
+
+    Raises:
+        ValueError: where :func:`cannot_rehearse` has a reason.
+        TypeError: where the batch cannot be copied.
+    """
+    reason = cannot_rehearse(pl_module)
+    if reason is not None:
+        raise ValueError(f"pl_module must have a training_step that can be rehearsed, but {reason}")
+    step = pl_module.training_step
+    with quarantine(pl_module), _silent_loggers(trainer), _eagerly():
+        args, kwargs = _arguments(step, _copied(batch), batch_idx)
+        with trainer.precision_plugin.train_step_context():
+            return step(*args, **kwargs)
+
+
+def cannot_rehearse(pl_module: LightningModule) -> str | None:
+    """Why a training step cannot be run without a trace, in words; None where it can."""
+    if not pl_module.automatic_optimization:
+        return "its training_step steps the optimizers (manual optimisation)"
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        return "its training_step takes batches from the loader (dataloader_iter)"
+    if lazy := lazy_tensors(pl_module):
+        return f"its lazy modules have not seen data yet ({lazy[0]})"
+    return None
+
+
+class SilentLogger:
+    """Takes the place of a logger, and of all that hangs on it: every attribute and every call gives itself.
+
+    Args:
+        real: the logger. ``isinstance`` takes the silent one for it, lest a step goes another way.
+    """
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    @property  # type: ignore[misc]  # what isinstance asks, as it does of a mock
+    def __class__(self) -> type:
+        """The class of the real one."""
+        return type(self._real)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is known of the real one, and silence."""
+        if name.startswith("__"):  # protocols that it does not have
+            raise AttributeError(name)
+        return getattr(self._real, name) if name in KNOWN_OF_A_LOGGER else _Silence()
+
+
+class _Silence:
+    """Whatever is asked of it or done with it, it is itself, and empty."""
+
+    def __getattr__(self, name: str) -> _Silence:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> _Silence:
+        return self
+
+    def __getitem__(self, _: Any) -> _Silence:
+        return self
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> Literal[False]:
+        return False
+
+
+@contextmanager
+def _silent_loggers(trainer: Trainer) -> Iterator[None]:
+    loggers = trainer.loggers
+    if not loggers:  # the setter would put another empty list in its place
+        yield
+        return
+    silent: list[Any] = [SilentLogger(logger) for logger in loggers]
+    trainer.loggers = silent
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """Let compiled parts run uncompiled; without the compiler's import nothing is compiled."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # torch 2.6
+        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
+    return nullcontext()
+
+
+def _copied(batch: Any) -> Any:
+    # A deep copy of a slice would take the whole tensor along, and one of a tensor with a graph fails.
+    memo = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for _, x in tensors_in(batch)}
+    try:
+        return copy.deepcopy(batch, memo)
+    except Exception as error:
+        raise TypeError(f"batch must be what copy.deepcopy can copy, got {type(batch).__name__} ({error})") from error
+
+
+def _arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments that a step takes: the batch, its number where there is a place for it, and no other loader."""
+    parameters = inspect.signature(step).parameters.values()
+    offered = {"batch": batch, "batch_idx": batch_idx, "dataloader_idx": 0}
+    places = [p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
+    args = [*offered.values()][: 3 if "dataloader_idx" in places[2:3] else min(len(places), 2)]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        args = [batch, batch_idx]
+    return args, {p.name: offered[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in offered}
