@@ -13,8 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_bn.gains import NONLINEARITIES, Follower, followers, gain
 from lightning_bn.layers import Role, Slot, slots
-from lightning_bn.norms import find_batchnorm
-from lightning_bn.residual import residual_closing
+from lightning_bn.norms import find_batchnorm, residual_closing
 from lightning_bn.schemes import Fill, Scheme, check_scheme, fill_for, uses_gain
 from lightning_bn.scope import Scope
 from lightning_bn.taps import is_below, plain_name

@@ -1,12 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the BatchNorm layers of a model."""
+"""Find the BatchNorm layers of a model, and those of them that close a residual branch."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.residual import batchnorm_calls
 from lightning_bn.taps import plain_name
+from lightning_bn.tracing import Trace, is_layer, trace, wrapped
+
+
+@dataclass(frozen=True)
+class Closers:
+    """What closes the residual branches of a model.
+
+    Args:
+        closing: paths of the BatchNorm layers whose output is added to a skip connection, in the order of the model.
+        unseen: paths of modules with BatchNorm below them whose own forward could not be looked into, with the
+            reason. Of sums that stand in such a forward nothing is known; the modules below it were looked into.
+    """
+
+    closing: tuple[str, ...] = ()
+    unseen: dict[str, str] = field(default_factory=dict)
 
 
 def find_batchnorm(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -26,3 +47,70 @@ def find_batchnorm(model: nn.Module) -> dict[str, _BatchNorm]:
         ['1']
     """
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def residual_closing(model: nn.Module) -> Closers:
+    """The BatchNorm layers that close a residual branch: γ = 0 there starts the block as its skip connection.
+
+    Goyal et al. 2017, sec. 5.1. The Python code of the model's forward is traced as it runs in eval mode; no layer
+    runs, and the model, the random streams and whoever listens are left as they were. What counts as closing a branch
+    is said in :func:`.residual.batchnorm_calls`; a layer that is called several times has to close one each time.
+
+    Args:
+        model: the network, on any device, also with lazy or meta parameters.
+
+    Returns:
+        The layers, and the modules that could not be looked into. Two branches without a skip connection, one with
+        one layer of weights and one with more, look like a projection shortcut and its branch, and are taken for it.
+
+    Example:
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.branch = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        ...
+        ...     def forward(self, x):
+        ...         return torch.relu(x + self.branch(x))
+        >>> residual_closing(nn.Sequential(Block(), nn.BatchNorm1d(2))).closing
+        ('0.branch.1',)
+    """
+    above = _above_batchnorm(model)
+    calls: dict[nn.Module, list[bool]] = defaultdict(list)
+    unseen: dict[nn.Module, str] = {}
+    for root, found in _traces(above):
+        unseen.update(found.refused)
+        if found.graph is not None:
+            for layer, closes in batchnorm_calls(found.graph, dict(root.named_modules())):
+                calls[layer].append(closes)
+    return Closers(
+        tuple(name for name, layer in find_batchnorm(model).items() if calls[layer] and all(calls[layer])),
+        {name: unseen[module] for module, name in above.items() if module in unseen},
+    )
+
+
+def _traces(above: dict[nn.Module, str]) -> Iterator[tuple[nn.Module, Trace]]:
+    """The model's trace; then that of each module which is in no trace so far: its caller was refused, or has none."""
+    done: set[nn.Module] = set()
+    for module in above:
+        if module in done or wrapped(module) is not None:
+            continue
+        found = Trace(None, (), {module: "it is a ScriptModule"}) if is_layer(module) else trace(module)
+        done.update(found.entered, found.refused)
+        if isinstance(module, torch.jit.ScriptModule):
+            done.update(module.modules())
+        yield module, found
+
+
+def _above_batchnorm(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules with BatchNorm below them, with their paths, from the top down."""
+    paths: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    above: set[str] = set()
+    for path in [path for path, module in paths.items() if path and _normalises(module)]:
+        parts = path.split(".")
+        above.update(".".join(parts[:length]) for length in range(len(parts)))
+    return {module: plain_name(path) for path, module in model.named_modules() if path in above}
+
+
+def _normalises(module: nn.Module) -> bool:
+    scripted = isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in str(getattr(module, "original_name", ""))
+    return scripted or isinstance(module, _BatchNorm)

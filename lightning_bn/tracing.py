@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trace the forward of a model into a graph of the layers it calls, without running a layer and without a trace of it."""
+"""Trace a model's forward into a graph of the layers it calls: no layer runs, and the model stays as it was."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import io
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -27,6 +27,10 @@ LAYER_MODULES = ("torch.nn.", "torch.ao.nn.", "torchmetrics.")
 NO_LAYERS = ("torch.nn.modules.container", "torch.nn.modules.module", "torch.nn.modules.lazy")
 FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.full, torch.arange, torch.linspace, torch.rand, torch.randn)
 LONGEST_REASON = 80
+UNREGISTERED = "?"
+"""In the place of a path, for a module that the model calls but does not list."""
+TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
+"""Where a module keeps submodules, parameters, buffers and hooks; quarantine leaves most of them alone."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def trace(root: nn.Module) -> Trace:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a unit of computation: BatchNorm, scripted, or of a torch class and without BatchNorm below."""
+    """Whether a module is a unit of computation: BatchNorm, scripted, or of a torch class without BatchNorm below."""
     if isinstance(module, _BatchNorm | torch.jit.ScriptModule):
         return True
     origins = (base.__module__ for base in type(module).__mro__)
@@ -80,7 +84,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def wrapped(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper of ``torch.compile``, data parallelism or activation checkpointing calls, if it is one."""
+    """What a wrapper of ``torch.compile``, data parallelism or activation checkpointing calls; None for all others."""
     parts = module._modules  # noqa: SLF001  (an attribute could be computed)
     if "_orig_mod" in parts:
         return parts["_orig_mod"]
@@ -88,7 +92,7 @@ def wrapped(module: nn.Module) -> nn.Module | None:
     return next(iter(parts.values())) if parallel and len(parts) == 1 else None
 
 
-class _Tracer(fx.Tracer):  # type: ignore[misc]  # torch leaves the class untyped
+class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__(autowrap_functions=FACTORIES, param_shapes_constant=True)
         self._autowrap_search.append(torch)
@@ -98,13 +102,14 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]  # torch leaves the class untype
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:  # noqa: ARG002, FBT001  (torch's signature)
         forward = self.root.forward
-        parameters = list(inspect.signature(forward).parameters.values())
-        plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        needed = [each for each in parameters if each.default is each.empty and each.kind in (*plain, each.KEYWORD_ONLY)]
-        needed = needed or [each for each in parameters[:1] if each.kind is not each.VAR_KEYWORD]
-        stand_ins = {each: self.create_proxy("placeholder", each.name, (), {}) for each in needed}
-        named = {each.name: proxy for each, proxy in stand_ins.items() if each.kind is each.KEYWORD_ONLY}
-        listed = [proxy for each, proxy in stand_ins.items() if each.kind is not each.KEYWORD_ONLY]
+        listed: list[fx.Proxy] = []
+        named: dict[str, fx.Proxy] = {}
+        for parameter in _needed(forward):
+            proxy = self.create_proxy("placeholder", parameter.name, (), {})
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                named[parameter.name] = proxy
+            else:
+                listed.append(proxy)
 
         def run() -> Any:
             return forward(*listed, **named)
@@ -114,8 +119,8 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]  # torch leaves the class untype
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002  (torch's signature; its forward runs hooks)
         while (inner := wrapped(m)) is not None:
             m = inner
-        path = (self.submodule_paths or {}).get(m, "")
-        if path and not is_layer(m):
+        path = (self.submodule_paths or {}).get(m)
+        if path is not None and not is_layer(m):
             nodes, entered = len(self.graph.nodes), len(self.entered)
             try:
                 output = m.forward(*args, **kwargs)
@@ -125,7 +130,7 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]  # torch leaves the class untype
             else:
                 self.entered.append(m)
                 return output
-        return self.create_proxy("call_module", path, args, kwargs)
+        return self.create_proxy("call_module", UNREGISTERED if path is None else path, args, kwargs)
 
     def _forget(self, nodes: int, entered: int) -> None:
         for node in reversed(list(self.graph.nodes)[nodes:]):
@@ -148,11 +153,19 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]  # torch leaves the class untype
         raise TraceError("it loops over a tensor or a container whose length is not known")
 
 
+def _needed(forward: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The arguments without a default; where there are none, the first one."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [each for each in parameters if each.default is each.empty and each.kind not in many]
+    return needed or [each for each in parameters[:1] if each.kind is not each.VAR_KEYWORD]
+
+
 @contextmanager
 def _without_trace(root: nn.Module) -> Iterator[None]:
     modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    # What quarantine leaves alone: tables of submodules, parameters and hooks.
-    kept = [(table, dict(table)) for module in modules for table in vars(module).values() if isinstance(table, dict)]
+    tables = [vars(module)[name] for module in modules for name in TABLES if name in vars(module)]
+    kept = [(table, dict(table)) for table in tables]
     try:
         _hide_parameters(modules)
         with quarantine(root), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
@@ -170,7 +183,8 @@ def _hide_parameters(modules: list[nn.Module]) -> None:
     """Put shapes in the place of parameters, which the forward could write to, and of what has no shape yet."""
     twins: dict[int, torch.Tensor] = {}
     for module in modules:
-        for table in (module._parameters, module._buffers):  # noqa: SLF001  (no public way to swap them)
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]  # noqa: SLF001  (no public way to swap)
+        for table in tables:
             for name, tensor in table.items():
                 if isinstance(tensor, nn.Parameter) or is_lazy(tensor):
                     table[name] = twins.setdefault(id(tensor), _shape_only(tensor))
@@ -190,8 +204,8 @@ def _passing_outcome(frame: FrameType) -> bool | None:
     jump = next((place for place, name in enumerate(ahead[:3]) if name.startswith("POP_JUMP")), None)
     if jump is None:
         return None
-    ending = next((name for name in ahead[jump + 1 :] if name.startswith(("RAISE", "RETURN", "STORE")) or "JUMP" in name), "")
-    return ahead[jump].endswith("_TRUE") if ending.startswith("RAISE") else None
+    leaving = (name for name in ahead[jump + 1 :] if name.startswith(("RAISE", "RETURN", "STORE")) or "JUMP" in name)
+    return ahead[jump].endswith("_TRUE") if next(leaving, "").startswith("RAISE") else None
 
 
 def _reason(error: Exception) -> str:

@@ -75,6 +75,7 @@ SCENARIOS = {
     "demo": demo,
     "pooled": lambda: ([ActivationMonitor(every_n_steps=1)], Sharded()),
     "init": lambda: ([WeightInit(seed=None if RANK else 5)], OwnData()),
+    "lsuv": lambda: ([WeightInit("lsuv", seed=5)], Sharded()),
     "nan on rank 1": lambda: ([NaNGuard("raise")], OwnData(plant=True)),
     "stop on rank 1": lambda: ([NaNGuard("stop")], OwnData(plant=True)),
     "nan on both": lambda: ([NaNGuard("raise")], OwnData(with_module(LogOfNegative()))),

@@ -63,6 +63,14 @@ def test_ranks_start_from_the_weights_of_the_first_rank(tmp_path):
     assert ranks[0]["weights"] == ranks[1]["weights"]
 
 
+def test_ranks_scale_by_the_factors_of_the_first_rank(tmp_path):
+    """LSUV measures each rank's own batch, and all take the numbers of one."""
+    ranks = run("lsuv", tmp_path)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert not any(ranks[0]["off"] + ranks[1]["off"])
+    assert ranks[0]["findings"] == ranks[1]["findings"] == []
+
+
 @pytest.mark.parametrize(
     ("scenario", "layer", "words"),
     [

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_bn.figures import signal_propagation
 from lightning_bn.findings import Finding, Severity
 from lightning_bn.sinks import (
     FindingsFile,
@@ -248,3 +249,33 @@ def test_text_and_numbers_reach_tensorboard(read_tensorboard):
     (text,), (number,) = events.Tensors("bn_report/text_summary"), events.Scalars("bn_overview/mean_max")
     assert (text.step, text.tensor_proto.string_val[0].decode()) == (4, markdown_report(ALL))
     assert (number.step, number.value) == (3, 2.5)
+
+
+def a_figure():
+    return signal_propagation(["a", "b"], [1.0, 2.0], absmax=[4.0, 8.0], dtype_max=65504.0, title="")
+
+
+def test_a_figure_reaches_tensorboard(read_tensorboard):
+    """Lightning's TensorBoardLogger has the picture under its tag at once, with its step, in its own size."""
+    logger, read = read_tensorboard
+    figure = a_figure()
+    Loggers([logger]).figure("bn_init/signal", figure, 4)
+    (image,) = read().Images("bn_init/signal")
+    assert (image.step, (image.width, image.height)) == (4, figure.canvas.get_width_height())
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_a_figure_stays_usable_and_reaches_every_tensorboard(read_tensorboard):
+    """Two loggers get a picture of the same size: it is not closed behind the first one."""
+    logger, read = read_tensorboard
+    Loggers([logger, InMemory(), logger]).figure("bn_init/signal", a_figure(), 4)
+    one, other = read().Images("bn_init/signal")
+    assert (one.width, one.height) == (other.width, other.height)
+
+
+def test_a_logger_without_pictures_is_left_alone(tmp_path):
+    """A logger in memory and a CSVLogger see nothing of a figure."""
+    memory, file = InMemory(), CSVLogger(str(tmp_path))
+    Loggers([memory, file]).figure("bn_init/signal", a_figure(), 4)
+    assert memory.rows == []
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_bn.taps import choose, listen, plain_name, tensors_in
+from lightning_bn.taps import choose, deaf, listen, plain_name, tensors_in
 
 # The compiler's own modules, and scripting itself, announce the end of scripting.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -242,6 +243,50 @@ def test_recomputation_is_not_heard_again(reentrant):
     with listen({"": layer}, heard_by(notes)):
         checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
     assert (len(runs), len(notes)) == (2, 1)
+
+
+def test_who_listens_already_hears_nothing_of_a_deaf_block():
+    """Neither before nor after a pass is a listener called, at any depth; afterwards it hears again."""
+    module, notes = nn.Identity(), []
+    with listen({"": module}, heard_by(notes), lambda *_: notes.append("before")):
+        with deaf():
+            module(torch.ones(1))
+            with deaf():
+                module(torch.ones(1))
+            module(torch.ones(1))
+        assert notes == []
+        module(torch.ones(1))
+    assert len(notes) == 2
+
+
+def test_who_begins_to_listen_inside_a_deaf_block_hears_it():
+    """The block's own listener hears, but not what runs in a further block."""
+    module, notes = nn.Identity(), []
+    with deaf(), listen({"": module}, heard_by(notes)):
+        module(torch.ones(1))
+        with deaf():
+            module(torch.ones(1))
+    assert len(notes) == 1
+
+
+def test_a_deaf_block_ends_with_an_exception():
+    """An exception goes through, and listeners hear again."""
+    module, notes = nn.Linear(2, 2), []
+    with listen({"": module}, heard_by(notes)):
+        with pytest.raises(RuntimeError, match="shapes"), deaf():
+            module(torch.ones(1, 3))
+        module(torch.ones(1, 2))
+    assert len(notes) == 1
+
+
+def test_another_thread_is_heard_during_a_deaf_block():
+    """A block is deaf to its own thread alone: another model that trains elsewhere is heard."""
+    module, notes = nn.Identity(), []
+    with listen({"": module}, heard_by(notes)), deaf():
+        thread = Thread(target=module, args=(torch.ones(1),))
+        thread.start()
+        thread.join()
+    assert len(notes) == 1
 
 
 class Point(NamedTuple):

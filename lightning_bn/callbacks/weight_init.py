@@ -192,6 +192,7 @@ class WeightInit(Monitor):
         for text in report.remarks:
             self.emit(remark(text))
         if trainer.ckpt_path:
+            self.emit(replaced_by_checkpoint(str(trainer.ckpt_path)))
             return
         if lazy:
             self._await_layers(pl_module)

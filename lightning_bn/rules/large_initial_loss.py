@@ -10,15 +10,17 @@ from lightning_bn.findings import Finding, Severity
 RULE = "large-initial-loss"
 
 
-def large_initial_loss(loss: float, expected: float, *, note: float = 2.0, warn: float = 5.0) -> Finding | None:
+def large_initial_loss(loss: float, expected: float, *, note: float = 4.0, warn: float = 5.0) -> Finding | None:
     """Say that the initial loss is many times that of equal probabilities.
 
     Args:
-        loss: mean cross-entropy of the first training batch.
-        expected: ln C.
-        note: ratio above which it is noted. He, Xavier and naive starts lie at 1.0 to 1.5 in digits networks of 5 to 50
-            layers with and without BatchNorm.
-        warn: ratio above which it is a warning: N(0, 1) behind BatchNorm has about 6, N(0, 1000²) about 6000.
+        loss: mean cross-entropy of the first training batch, in nats.
+        expected: ln C, above 0.
+        note: ratio above which it is noted. On digits, 64 images a batch, He, Xavier, orthogonal, naive and torch's own
+            starts have 1 to 2 in perceptrons of 2 to 50 layers with and without a norm, 3.5 at most; residual
+            networks with BatchNorm under He, which train well, 1.1 to 2.1 at 4 blocks, 1.4 to 4.0 at 10.
+        warn: ratio above which it is a warning. N(0, 1) with BatchNorm, which trains badly at depth 20, has 3 to 7.6,
+            median 5.2; N(0, 1000²) about 5000.
 
     Returns:
         An ``info`` or a ``warning``; None for a usual loss, and for NaN and infinity, which are other rules' matter.
@@ -31,6 +33,6 @@ def large_initial_loss(loss: float, expected: float, *, note: float = 2.0, warn:
         f"the loss of the first batch is {loss:.4g}, {ratio:.3g} times that of equal probabilities ({expected:.4g}): "
         "before its first update the network is sure of wrong answers"
     )
-    advice = "start the last layer smaller: he or xavier, or a smaller standard deviation for it alone"
+    advice = "draw the weights of the last layer with a smaller standard deviation"
     data = {"loss": loss, "expected": expected, "ratio": ratio}
     return Finding(RULE, severity, evidence, advice, data=data)

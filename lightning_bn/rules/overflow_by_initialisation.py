@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lightning_bn.findings import Finding, Severity
 from lightning_bn.outlook import Prediction
 
@@ -14,23 +16,46 @@ def overflow_by_initialisation(ahead: Prediction | None, scheme: str) -> Finding
 
     Args:
         ahead: the prediction; None is none.
-        scheme: what initialised the weights.
+        scheme: what initialised the weights; a number is the standard deviation of a normal.
 
     Returns:
-        A ``warning`` for the layer.
+        A ``warning`` for the layer; None without a prediction.
     """
     if ahead is None:
         return None
-    dtype = str(ahead.dtype).removeprefix("torch.")
-    grows = f"layer {ahead.place} of {ahead.of} multiplies the signal by {ahead.growth:.3g}"
-    size = f"10^{ahead.log10_rms:.1f} (root mean square)"
+    dtype, widest = _name(ahead.dtype), torch.promote_types(ahead.dtype, torch.float32)
+    size = f"root mean square 10^{ahead.log10_rms:.1f}"
     if ahead.kind == "variance":
-        what = f"in front of {ahead.layer} it is then {size}, whose square is beyond float32: the norm puts out zeros"
+        end = f"what {ahead.layer} normalises has {size}: its variance is beyond {_range(widest)}"
     else:
-        what = f"it is then {size}, and its largest values are beyond the range of {dtype}"
+        end = f"its output has {size} and values beyond {_range(ahead.dtype)}"
     evidence = (
-        f"initialised by {scheme}, {grows}, and {what}; predicted from the weights alone, for an input of root mean "
-        "square 1, in module order, without skip connections"
+        f"{_drawn(scheme)} multiplies the signal by {ahead.growth:.4g} in layer {ahead.place} of {ahead.of}; {end}. "
+        "Predicted from the weights alone: input of root mean square 1, layers in module order, no skip connections"
     )
-    data = {"place": ahead.place, "log10_rms": ahead.log10_rms, "dtype": dtype, "kind": ahead.kind, "scheme": scheme}
-    return Finding(RULE, Severity.WARNING, evidence, "initialise with he, or put a norm behind the layer", ahead.layer, data=data)
+    advice = "initialise with he, which keeps the size of the signal from layer to layer"
+    data = {
+        "place": ahead.place,
+        "of": ahead.of,
+        "growth": ahead.growth,
+        "log10_rms": ahead.log10_rms,
+        "dtype": dtype,
+        "kind": ahead.kind,
+        "scheme": scheme,
+    }
+    return Finding(RULE, Severity.WARNING, evidence, advice, ahead.layer, data=data)
+
+
+def _drawn(scheme: str) -> str:
+    try:
+        return f"N(0, {float(scheme):g}²)"
+    except ValueError:
+        return scheme
+
+
+def _range(dtype: torch.dtype) -> str:
+    return f"the range of {_name(dtype)} (largest {torch.finfo(dtype).max:.5g})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -14,7 +14,6 @@ from lightning_bn.stats.freshness import (
     BUDGET,
     FEWEST,
     LIMITS,
-    SIDE,
     batchnorm_looks_new,
     departures,
     looks_drawn,
@@ -320,17 +319,25 @@ def test_other_dtypes_are_an_error(dtype):
         looks_drawn(torch.zeros(300, dtype=dtype))
 
 
+@pytest.mark.parametrize("budget", [1 << 13, BUDGET], ids=["small", "usual"])
 @pytest.mark.parametrize(
     "shape",
     [(5000, 5000), (70000, 3), (3, 70000), (512, 512, 3, 3), (1, 1, 70000), (70000,), (300, 7, 255), (100, 100)],
     ids=str,
 )
-def test_the_number_of_values_looked_at_is_bounded(shape):
-    """Of a large tensor about 2^16 values are taken, from 256 rows or more if there are so many; of a small one all."""
+def test_the_number_of_values_looked_at_is_bounded(shape, budget):
+    """Of a large tensor at most a budget of values is taken, from the root of it of rows or more; of a small one all."""
     weight = torch.ones(()).expand(shape)
-    seen = freshness._sample(weight)
-    assert min(weight.numel(), BUDGET // 2) <= seen.numel() <= BUDGET
-    assert len(seen) >= min(len(weight), SIDE)
+    seen = freshness._sample(weight, budget)
+    assert min(weight.numel(), budget // 2) <= seen.numel() <= budget
+    assert len(seen) >= min(len(weight), math.isqrt(budget))
+
+
+def test_a_smaller_budget_sees_less():
+    """A mean that is clear in 2^16 values is not in 2^10 of them."""
+    weight = torch.randn(300, 300) + 0.1
+    assert why_not_drawn(weight) != ""
+    assert why_not_drawn(weight, budget=1 << 10) == ""
 
 
 def test_judging_changes_nothing():
