@@ -167,7 +167,8 @@ def _without_trace(root: nn.Module) -> Iterator[None]:
     tables = [vars(module)[name] for module in modules for name in TABLES if name in vars(module)]
     kept = [(table, dict(table)) for table in tables]
     try:
-        _hide_parameters(modules)
+        with torch.inference_mode(False):
+            _hide_parameters(modules)
         with quarantine(root), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             for module in modules:
@@ -196,16 +197,27 @@ def _shape_only(tensor: Any) -> torch.Tensor:
 
 
 def _passing_outcome(frame: FrameType) -> bool | None:
-    """The outcome of the condition at which a frame stands that does not raise; None if neither raises at once.
+    """The outcome of the condition at which a frame stands after which nothing is raised; None if both go on.
 
     Assertions and checks of the input are thus taken as passed.
     """
-    ahead = [step.opname for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti]
-    jump = next((place for place, name in enumerate(ahead[:3]) if name.startswith("POP_JUMP")), None)
+    steps = list(dis.get_instructions(frame.f_code))
+    ahead = [place for place, step in enumerate(steps) if step.offset >= frame.f_lasti][:3]
+    jump = next((place for place in ahead if steps[place].opname.startswith("POP_JUMP")), None)
     if jump is None:
         return None
-    leaving = (name for name in ahead[jump + 1 :] if name.startswith(("RAISE", "RETURN", "STORE")) or "JUMP" in name)
-    return ahead[jump].endswith("_TRUE") if next(leaving, "").startswith("RAISE") else None
+    target = next(place for place, step in enumerate(steps) if step.offset == steps[jump].argval)
+    jumps_if = steps[jump].opname.endswith("_TRUE")
+    if _raises(steps[jump + 1 :]):
+        return jumps_if
+    return not jumps_if if _raises(steps[target:]) else None
+
+
+def _raises(steps: list[dis.Instruction]) -> bool:
+    """Whether code does nothing but raise."""
+    names = (step.opname for step in steps)
+    leaving = (name for name in names if name.startswith(("RAISE", "RERAISE", "RETURN", "STORE")) or "JUMP" in name)
+    return next(leaving, "").startswith("RAISE")
 
 
 def _reason(error: Exception) -> str:

@@ -169,6 +169,7 @@ CROSS_ENTROPIES = [
     pytest.param(lambda: F.cross_entropy(zeros(1, 5, 2, 2, 1), IMAGE_LABELS[..., None]), 5, id="(N, C, D, H, W)"),
     pytest.param(lambda: F.nll_loss(F.log_softmax(zeros(4, 5), 1), LABELS), 5, id="log_softmax, nll_loss"),
     pytest.param(lambda: F.nll_loss(F.log_softmax(zeros(4, 5), -1), LABELS), 5, id="dim=-1"),
+    pytest.param(lambda: F.nll_loss(F.log_softmax(zeros(1, 5, 4), -2), LABELS[None]), 5, id="dim=-2"),
     pytest.param(lambda: F.cross_entropy(zeros(4, 5), LABELS, weight=WEIGHTS), 5, id="class weights"),
     pytest.param(lambda: F.cross_entropy(zeros(4, 5), LABELS, ignore_index=2), 5, id="ignore_index"),
     pytest.param(lambda: F.cross_entropy(zeros(4, 5).bfloat16().float(), LABELS), 5, id="cast logits"),
@@ -219,7 +220,7 @@ def test_the_factors_that_were_announced_are_undone(build, classes):
     assert cross_entropy_start(scaled, scale=4 / 1024, constants=2).loss.item() == pytest.approx(math.log(classes))
     assert cross_entropy_start(build(), scale=1.0) is None
     assert cross_entropy_start(scaled, scale=4.0) is None
-    assert cross_entropy_start(4 / build(), scale=4.0) is None
+    assert cross_entropy_start(torch.tensor(4.0) / build(), scale=4.0) is None
 
 
 def test_logits_of_autocast_are_followed_through_their_casts():

@@ -90,14 +90,14 @@ def test_no_prediction_is_no_finding(std):
         pytest.param(1.0, None, id="equal probabilities"),
         pytest.param(4.0, None, id="at the note"),
         pytest.param(4.01, Severity.INFO, id="above the note"),
-        pytest.param(5.0, Severity.INFO, id="at the warning"),
-        pytest.param(5.01, Severity.WARNING, id="above the warning"),
+        pytest.param(8.0, Severity.INFO, id="at the warning"),
+        pytest.param(8.01, Severity.WARNING, id="above the warning"),
         pytest.param(math.nan, None, id="NaN"),
         pytest.param(math.inf, None, id="inf"),
     ],
 )
 def test_an_initial_loss_is_judged_by_its_ratio_to_equal_probabilities(ratio, severity):
-    """More than 4 times is a note, more than 5 times a warning; what is not finite is another rule's matter."""
+    """More than 4 times is a note, more than 8 times a warning; what is not finite is another rule's matter."""
     finding = large_initial_loss(ratio * LN10, LN10)
     assert (finding and finding.severity) == severity
 
@@ -160,17 +160,17 @@ def test_a_residual_network_without_a_norm_has_a_usual_loss_from_a_small_start(d
 
 @pytest.mark.slow
 def test_he_in_a_residual_network_without_a_norm_is_warned_of(digits):
-    """Each block doubles the variance there, and ten blocks make every first loss more than 5 times too large."""
+    """Each block doubles the variance there, and ten blocks make every first loss more than 8 times too large."""
     found = judged(digits, DigitsResNet, "none", 5, "he")
     assert {finding.severity for _, finding in found} == {Severity.WARNING}
 
 
 @pytest.mark.slow
 def test_a_normal_start_behind_batchnorm_is_spoken_of(digits):
-    """N(0, 1) with BatchNorm: every seed is noted, and most are warned of."""
-    found = [finding.severity for _, finding in judged(digits, DigitsMLP, "batch", 5, 1.0)]
-    assert len(found) == SEEDS
-    assert found.count(Severity.WARNING) > SEEDS / 2
+    """N(0, 1) with BatchNorm is a note in most seeds, and no warning: deep healthy networks have such losses too."""
+    found = [finding.severity for _, finding in judged(digits, DigitsMLP, "batch", 5, 1.0) if finding]
+    assert len(found) > SEEDS / 2
+    assert set(found) == {Severity.INFO}
 
 
 @pytest.mark.slow

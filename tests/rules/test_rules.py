@@ -15,7 +15,9 @@ import torch
 from lightning_bn import rules
 from lightning_bn.findings import Severity
 from lightning_bn.first_pass import Call
+from lightning_bn.outlook import Prediction
 from lightning_bn.rules.affine_drift import Watched, affine_drift
+from lightning_bn.rules.large_initial_loss import large_initial_loss
 from lightning_bn.rules.monitor_failed import monitor_failed
 from lightning_bn.rules.non_finite_input import non_finite_input
 from lightning_bn.rules.non_finite_loss import non_finite_loss
@@ -23,6 +25,8 @@ from lightning_bn.rules.non_finite_output import culprit_of, non_finite_output
 from lightning_bn.rules.non_finite_parameter import non_finite_parameter
 from lightning_bn.rules.not_initialised import could_not_fill, left_alone, replaced_by_checkpoint
 from lightning_bn.rules.not_watched import not_watched
+from lightning_bn.rules.overflow_by_initialisation import overflow_by_initialisation
+from lightning_bn.rules.overwritten_weights import overwritten_weights
 from lightning_bn.rules.poisoned_running_statistics import poisoned_running_statistics
 from lightning_bn.rules.unmatched_layers import unmatched_layers
 from lightning_bn.stats.finite import Census
@@ -37,6 +41,13 @@ WATCHED = Watched("val_loss", 0.5, 3, 0.8)
 
 EXAMPLES = [
     pytest.param("affine-drift", affine_drift({"norm": (0.25, 0.1)}, {"norm": (0.2, 0.1)}, WATCHED), id="drift"),
+    pytest.param("large-initial-loss", large_initial_loss(100.0, 2.3), id="initial loss"),
+    pytest.param(
+        "overflow-by-initialisation",
+        overflow_by_initialisation(Prediction("net.2", 2, 6, 7.8, 8000.0, torch.float16), "1000"),
+        id="overflow",
+    ),
+    pytest.param("overwritten-weights", overwritten_weights({"net.0.weight": "trained"}, 2, "he"), id="overwritten"),
     pytest.param("monitor-failed", monitor_failed("NaNGuard", "setup", KeyError("x")), id="monitor failed"),
     pytest.param("non-finite-input", non_finite_input("batch[0]", (2, 5), NAN, spread=True), id="input"),
     pytest.param("non-finite-input", non_finite_input("batch[0]", (2, 5), NAN, spread=False), id="masked input"),

@@ -326,7 +326,7 @@ def test_other_dtypes_are_an_error(dtype):
     ids=str,
 )
 def test_the_number_of_values_looked_at_is_bounded(shape, budget):
-    """Of a large tensor at most a budget of values is taken, from the root of it of rows or more; of a small one all."""
+    """Of a large tensor about a budget of values is taken, from its root of rows or more; of a small one all."""
     weight = torch.ones(()).expand(shape)
     seen = freshness._sample(weight, budget)
     assert min(weight.numel(), budget // 2) <= seen.numel() <= budget
