@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -136,6 +137,14 @@ def plan(model: nn.Module, wishes: Wishes) -> Plan:
     if wishes.forget_bias is not None and not any(entry.fill and entry.fill.raised is not None for entry in entries):
         remarks.append("forget_bias had no effect: no LSTM layer with biases is initialised")
     return Plan(tuple(entries), tuple(remarks))
+
+
+def without(planned: Plan, names: AbstractSet[str], why: str) -> Plan:
+    """The same plan, in which the named parameters keep their values, as somebody else has seen to them."""
+    kept = (
+        replace(entry, fill=None, why=why, chosen=True) if entry.name in names else entry for entry in planned.entries
+    )
+    return replace(planned, entries=tuple(kept))
 
 
 def _uses(model: nn.Module) -> Iterator[Planned]:

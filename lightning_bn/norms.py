@@ -75,42 +75,46 @@ def residual_closing(model: nn.Module) -> Closers:
         ('0.branch.1',)
     """
     above = _above_batchnorm(model)
-    calls: dict[nn.Module, list[bool]] = defaultdict(list)
+    calls: dict[nn.Module, list[bool]] = {}
     unseen: dict[nn.Module, str] = {}
-    for root, found in _traces(above):
+    done: set[nn.Module] = set()
+    for module in above:
+        # Below a module that was refused, or is not called by the one around it, there may be calls not seen so far.
+        if module in done or wrapped(module) is not None or all(map(calls.__contains__, _normalising(module))):
+            continue
+        found = trace(module)
+        calls = {**_calls(module, found), **calls}
         unseen.update(found.refused)
-        if found.graph is not None:
-            for layer, closes in batchnorm_calls(found.graph, dict(root.named_modules())):
-                calls[layer].append(closes)
+        done.update(found.entered, *(part.modules() for part in found.refused if is_layer(part)), found.refused)
     return Closers(
-        tuple(name for name, layer in find_batchnorm(model).items() if calls[layer] and all(calls[layer])),
+        tuple(name for name, layer in find_batchnorm(model).items() if calls.get(layer) and all(calls[layer])),
         {name: unseen[module] for module, name in above.items() if module in unseen},
     )
 
 
-def _traces(above: dict[nn.Module, str]) -> Iterator[tuple[nn.Module, Trace]]:
-    """The model's trace; then that of each module which is in no trace so far: its caller was refused, or has none."""
-    done: set[nn.Module] = set()
-    for module in above:
-        if module in done or wrapped(module) is not None:
-            continue
-        found = Trace(None, (), {module: "it is a ScriptModule"}) if is_layer(module) else trace(module)
-        done.update(found.entered, found.refused)
-        if isinstance(module, torch.jit.ScriptModule):
-            done.update(module.modules())
-        yield module, found
+def _calls(root: nn.Module, found: Trace) -> dict[nn.Module, list[bool]]:
+    """For each BatchNorm layer in a trace, whether its calls close a branch."""
+    calls: dict[nn.Module, list[bool]] = defaultdict(list)
+    if found.graph is not None:
+        for layer, closes in batchnorm_calls(found.graph, dict(root.named_modules())):
+            calls[layer].append(closes)
+    return calls
 
 
 def _above_batchnorm(model: nn.Module) -> dict[nn.Module, str]:
     """Modules with BatchNorm below them, with their paths, from the top down."""
-    paths: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    norms = set(_normalising(model))
     above: set[str] = set()
-    for path in [path for path, module in paths.items() if path and _normalises(module)]:
-        parts = path.split(".")
-        above.update(".".join(parts[:length]) for length in range(len(parts)))
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and module in norms:
+            parts = path.split(".")
+            above.update(".".join(parts[:length]) for length in range(len(parts)))
     return {module: plain_name(path) for path, module in model.named_modules() if path in above}
 
 
-def _normalises(module: nn.Module) -> bool:
-    scripted = isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in str(getattr(module, "original_name", ""))
-    return scripted or isinstance(module, _BatchNorm)
+def _normalising(root: nn.Module) -> Iterator[nn.Module]:
+    """BatchNorm layers, also scripted ones."""
+    for module in root.modules():
+        scripted = isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in str(module.original_name)
+        if scripted or isinstance(module, _BatchNorm):
+            yield module

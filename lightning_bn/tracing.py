@@ -64,6 +64,8 @@ def trace(root: nn.Module) -> Trace:
         The trace. A module that cannot be traced is refused, never raised. A root whose class leaves forward
         unwritten has neither graph nor refusal.
     """
+    if isinstance(root, torch.jit.ScriptModule):
+        return Trace(None, (), {root: "it is a ScriptModule"})
     tracer = _Tracer()
     try:
         with _without_trace(root):

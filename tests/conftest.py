@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+torch.set_num_threads(1)  # a worker for each core: more threads than cores wait for each other
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 

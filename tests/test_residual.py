@@ -171,6 +171,11 @@ def pyramid(x, bottom, lateral, top):
     return {"fine": lateral(x) + low, "coarse": low}  # the deeper value is an output of its own as well
 
 
+def twice(x, part):
+    out = part(x)
+    return out + out.sigmoid()
+
+
 def halves(x, part):
     left, right = x.chunk(2, 1)
     return left + part(right)
@@ -192,7 +197,7 @@ CLOSING = [
     pytest.param(Inverted, ["conv.2.1"], id="inverted residual"),
     pytest.param(lambda: Written(lambda block, x: torch.relu(torch.add(block.branch(x), x))), ["bn2"], id="torch.add"),
     pytest.param(lambda: Written(in_place), ["bn2"], id="in place, without a new name"),
-    pytest.param(lambda: Written(lambda block, x: sum([x, block.branch(x)])), ["bn2"], id="builtin sum"),
+    pytest.param(lambda: Written(lambda block, x: sum([block.branch(x), x])), ["bn2"], id="builtin sum"),
     pytest.param(lambda: Written(lambda block, x: x - block.branch(x)), ["bn2"], id="difference"),
     pytest.param(lambda: Written(lambda block, x: block.sums.add(x, block.branch(x))), ["bn2"], id="FloatFunctional"),
     pytest.param(lambda: Branches(lambda x, b: x + b(x), branch()), ["parts.0.1.1"], id="x + branch(x)"),
@@ -216,6 +221,8 @@ OPEN = [
         lambda: Branches(lambda x, a, b, c: a(x) + b(x) + c(x), normed(), normed(1), nn.BatchNorm2d(WIDTH)), id="RepVGG"
     ),
     pytest.param(lambda: Branches(pyramid, branch(), normed(1), normed(1)), id="feature pyramid"),
+    pytest.param(lambda: Branches(lambda x, a, b: a(x) + b(x), branch(), branch(sizes=(3, 3, 3))), id="long branches"),
+    pytest.param(lambda: Branches(twice, normed()), id="added to itself"),
     pytest.param(lambda: Branches(halves, normed(inner=2, outer=2)), id="two halves"),
     pytest.param(lambda: Branches(lambda x, b: x * b(x), branch()), id="product"),
     pytest.param(lambda: Branches(lambda x, a, b: x + a(x) * b(x), branch(), branch()), id="product of two branches"),

@@ -17,6 +17,13 @@ from lightning_bn.norms import residual_closing
 from lightning_bn.tracing import trace
 
 
+class Noted(nn.Linear):
+    """A layer that takes something beside a tensor."""
+
+    def forward(self, x, _):
+        return super().forward(x)
+
+
 class Block(nn.Module):
     """A residual block on features, in any of several ways."""
 
@@ -26,6 +33,14 @@ class Block(nn.Module):
 
     def forward(self, x):
         return self.rule(self, x)
+
+
+class NotedBlock(Block):
+    """Its branch begins with a layer that takes more than tensors."""
+
+    def __init__(self):
+        super().__init__(lambda block, x: x + block.branch[1](block.branch[0](x, object())))
+        self.branch[0] = Noted(2, 2)
 
 
 class Options(Block):
@@ -78,6 +93,7 @@ SEEN = [
         "branch.1",
         id="the way of eval mode",
     ),
+    pytest.param(NotedBlock, "branch.1", id="an object for a layer"),
     pytest.param(lambda: nn.DataParallel(Block()), "module.branch.1", id="data parallel"),
     pytest.param(lambda: fx.symbolic_trace(Block()), "branch.1", id="a module that was traced before"),
 ]
@@ -306,3 +322,12 @@ def test_the_graph_has_the_calls_of_layers_in_order():
     assert [node.target for node in seen.graph.nodes if node.op == "call_module"] == ["0.branch.0", "0.branch.1", "1"]
     assert set(seen.entered) == {net, net[0], net[0].branch}
     assert seen.refused == {}
+
+
+def test_a_refused_module_is_one_call_in_the_graph():
+    """Nothing is left of the attempt, so that nothing is concluded from half a forward."""
+    net = nn.Sequential(Refusing(by_value), nn.ReLU())
+    seen = trace(net)
+    assert [node.target for node in seen.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    assert seen.entered == (net,)
+    assert list(seen.refused) == [net[0]]

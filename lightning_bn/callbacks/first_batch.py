@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,7 +137,7 @@ def compute_dtype(trainer: Trainer, pl_module: LightningModule) -> torch.dtype:
 
 
 def _draw(loggers: Loggers, report: Report, shown: Shown, step: int) -> None:
-    if not (shown.signal and loggers.have_tensorboard):
+    if not (shown.signal and loggers.have_tensorboard and find_spec("matplotlib")):
         return
     names = list(shown.signal)
     figure = signal_propagation(

@@ -14,8 +14,9 @@ from lightning_bn.callbacks.arguments import check_strings
 from lightning_bn.callbacks.base import Monitor, gather_objects, is_compiled, print_above_bar, shielded
 from lightning_bn.callbacks.first_batch import find_factors, first_pass, foretell, judge_loss, publish
 from lightning_bn.callbacks.late_layers import after_building, as_before
+from lightning_bn.callbacks.mark import Mark, close_mark, mark_of, set_mark
 from lightning_bn.first_signal import SignalRecorder
-from lightning_bn.init_plan import LAZY, Plan, Wishes, plan
+from lightning_bn.init_plan import LAZY, Plan, Wishes, plan, without
 from lightning_bn.init_report import init_console
 from lightning_bn.initialization import Report, carry_out, merge, rescale, seem_loaded
 from lightning_bn.rules.not_initialised import could_not_fill, left_alone, not_scaled, remark, replaced_by_checkpoint
@@ -27,9 +28,6 @@ from lightning_bn.taps import listen
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-
-MARK = "_lightning_bn_initialised"
-"""Attribute of a LightningModule that was initialised: it travels with copies of the module, not with its weights."""
 
 
 class WeightInit(Monitor):
@@ -103,6 +101,7 @@ class WeightInit(Monitor):
     def _forget(self) -> None:
         self._leaves_alone = False
         self._awaits_batch = False
+        self._others: set[str] = set()
         self._recorder: SignalRecorder | None = None
         self._ear = ExitStack()
 
@@ -122,6 +121,7 @@ class WeightInit(Monitor):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out whether a checkpoint has replaced the weights; called by Lightning."""
+        close_mark(pl_module)
         # Not before: sharded strategies restore after on_fit_start. And the same on all ranks, also where this monitor
         # has failed on one, as what awaits the first batch may be a collective.
         self._awaits_batch = not self._leaves_alone and not trainer.ckpt_path
@@ -152,7 +152,13 @@ class WeightInit(Monitor):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the model; called by Lightning."""
         self._recorder = None
+        close_mark(pl_module)
         super().on_exception(trainer, pl_module, exception)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the model; called by Lightning."""
+        close_mark(pl_module)
+        super().teardown(trainer, pl_module, stage)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to a first batch in progress."""
@@ -167,12 +173,17 @@ class WeightInit(Monitor):
 
     @shielded
     def _apply(self, pl_module: LightningModule, seed: int) -> None:
-        before = getattr(pl_module, MARK, None)
-        if before is not None and self.report is None:  # by an earlier fit, or by another instance in this one
-            self._leaves_alone = True
-            self.emit(left_alone(before))
-            return
+        before = mark_of(pl_module) or Mark(str(self.scheme), set())
         planned = plan(pl_module, self.wishes)
+        if self.report is None:
+            # What another instance of this fit has initialised is its own; what an earlier fit has, is trained.
+            self._others = set(before.names)
+            free = before.open and any(entry.fill and entry.name not in self._others for entry in planned.entries)
+            if self._others and not free:
+                self._leaves_alone = True
+                self.emit(left_alone(before.scheme))
+                return
+        planned = without(planned, self._others, "initialised before")
         for argument, entry, nearest in self.wishes.scope.unmatched(pl_module):
             what = "a module, a parameter or a module class"
             self.emit(unmatched_layers(entry, nearest, argument=argument, what=what))
@@ -180,8 +191,12 @@ class WeightInit(Monitor):
         number = sum(entry.fill is not None for entry in planned.entries)
         self.emit(overwritten_weights(loaded, number, str(self.scheme)))
         self.report = carry_out(pl_module, planned, self.scheme, seed)
-        if self.scheme != "pytorch":
-            setattr(pl_module, MARK, str(self.scheme))
+        before.names |= {row.name for row in self.report.filled}
+        if before.names:
+            set_mark(pl_module, before)
+
+    def _plan(self, pl_module: LightningModule) -> Plan:
+        return without(plan(pl_module, self.wishes), self._others, "initialised before")
 
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if self.seed is None else self.seed
@@ -211,7 +226,7 @@ class WeightInit(Monitor):
         seed = self.report.seed if self.report else 0
         waiting = {
             entry.layer: pl_module.get_submodule(entry.layer)
-            for entry in plan(pl_module, self.wishes).entries
+            for entry in self._plan(pl_module).entries
             if entry.why == LAZY
         }
 
@@ -223,7 +238,7 @@ class WeightInit(Monitor):
 
     @shielded
     def _fill_layer(self, pl_module: LightningModule, layer: str, seed: int) -> None:
-        planned = plan(pl_module, self.wishes)
+        planned = self._plan(pl_module)
         entries = tuple(entry for entry in planned.entries if entry.layer == layer)
         late = carry_out(pl_module, Plan(entries), self.scheme, seed)
         self.report = merge(self.report, late) if self.report else late
@@ -234,7 +249,7 @@ class WeightInit(Monitor):
     ) -> dict[str, float] | None:
         if self.report is None:
             return None
-        factors, why = find_factors(trainer, pl_module, plan(pl_module, self.wishes), batch, batch_idx)
+        factors, why = find_factors(trainer, pl_module, self._plan(pl_module), batch, batch_idx)
         if why:
             self.emit(not_scaled(why), any_rank=True)
         return factors
@@ -242,7 +257,7 @@ class WeightInit(Monitor):
     @shielded
     def _scale(self, pl_module: LightningModule, factors: dict[str, float] | None) -> None:
         if factors is not None and self.report is not None:
-            self.report, unscaled = rescale(plan(pl_module, self.wishes), self.report, factors)
+            self.report, unscaled = rescale(self._plan(pl_module), self.report, factors)
             if unscaled:
                 self.emit(not_scaled("no output, or a constant one, on the first batch", unscaled))
 

@@ -102,6 +102,7 @@ MONITORS = {
     "ActivationMonitor globs": lambda: [ActivationMonitor(["net.*", "loss"])],
     "BatchNormMonitor": lambda: [BatchNormMonitor()],
     "BatchNormMonitor interval": lambda: [BatchNormMonitor(every_n_steps=5)],
+    "WeightInit, report only": lambda: [WeightInit("pytorch")],
     "all, twice": lambda: (
         [NaNGuard(), ActivationMonitor(), BatchNormMonitor()] * 1
         + [NaNGuard(), ActivationMonitor(), BatchNormMonitor()]

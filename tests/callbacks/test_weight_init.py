@@ -109,6 +109,22 @@ def test_of_two_instances_the_first_wins_and_the_second_says_so(make_trainer, bu
     assert [finding.rule for finding in other.findings] == ["not-initialised"]
 
 
+@pytest.mark.parametrize("built", BUILT.values(), ids=BUILT)
+def test_two_instances_share_a_model_by_their_scopes(make_trainer, built):
+    """One for a part and one for the rest: each fills its own, and nobody is left out or overwritten."""
+    model = still(built)()
+    one, other = WeightInit("naive", seed=7, include="net.0"), WeightInit("he", seed=7)
+    make_trainer(one, other).fit(model, loader())
+    part = {name for name in expected(7) if name.startswith("net.0.")}
+    wanted = {name: expected(7, "naive" if name in part else "he")[name] for name in expected(7)}
+    assert_weights(model, wanted)
+    assert one.findings == other.findings == []
+    again = WeightInit("xavier")
+    make_trainer(again).fit(model, loader())
+    assert_weights(model, wanted)
+    assert [finding.rule for finding in again.findings] == ["not-initialised"]
+
+
 def test_one_callback_initialises_every_new_model(make_trainer):
     """Cross-validation with one callback starts each fold afresh."""
     init = WeightInit(seed=4)
