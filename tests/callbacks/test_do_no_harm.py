@@ -60,7 +60,7 @@ def everything_after(trainer, model):
         "model": {name: value.clone() for name, value in model.state_dict().items()},
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
+        "numpy": [np.random.get_state()[1].tolist(), *np.random.get_state()[2:]],  # noqa: NPY002
         "python": random.getstate(),
         "metrics": {name: value.clone() for name, value in trainer.callback_metrics.items()},
         "step": trainer.global_step,
