@@ -16,12 +16,12 @@ def large_initial_loss(loss: float, expected: float, *, note: float = 4.0, warn:
     Args:
         loss: mean cross-entropy of the first training batch, in nats.
         expected: ln C, above 0.
-        note: ratio above which it is noted. On digits, 64 images a batch, He, Xavier, orthogonal, naive and torch's own
-            starts have 1 to 2 in perceptrons of 2 to 50 layers with and without a norm, 3.5 at most; residual
-            networks with BatchNorm under He, which train well, 1.1 to 2.1 at 4 blocks, 1.4 to 4.0 at 10.
+        note: ratio above which it is noted. On digits (benchmarks/initial_loss.py, 20 seeds) He, Xavier, orthogonal,
+            naive and torch's own starts have at most 2.2 in perceptrons of 2 to 50 layers with and without BatchNorm;
+            residual networks with BatchNorm under He 1.1 to 2.1 at 4 blocks, 1.4 to 3.9 at 10.
         warn: ratio above which it is a warning. Above every healthy start seen: residual networks of 24 blocks with
-            BatchNorm under He, which train well, have up to 6.5 in 20 seeds. N(0, 1) with BatchNorm overlaps with
-            them (3 to 7.6); N(0, 1000²) has about 5000.
+            BatchNorm under He have up to 6.5. N(0, 1) in a perceptron with BatchNorm overlaps with them (3 to 7.6), in
+            a residual network it has 6 to 60; N(0, 1000²) has thousands.
 
     Returns:
         An ``info`` or a ``warning``; None for a usual loss, and for NaN and infinity, which are other rules' matter.
