@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -152,9 +153,21 @@ def seem_loaded(model: nn.Module, planned: Plan) -> dict[str, str]:
     large = [entry for entry in weights if entry.slot and entry.slot.fan_in]
     found = {entry.name: why for entry in of_norms if (why := why_not_new(modules[entry.layer]))}
     first = large[:: math.ceil(len(large) / GLANCES) or 1]
-    if found or any(why_not_drawn(entry.tensor, budget=GLANCE) for entry in first):
-        found |= {entry.name: why for entry in weights if (why := why_not_drawn(entry.tensor))}
+    with _one_thread():
+        if found or any(why_not_drawn(entry.tensor, budget=GLANCE) for entry in first):
+            found |= {entry.name: why for entry in weights if (why := why_not_drawn(entry.tensor))}
     return found
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small matrices are faster on one thread, by far where other processes share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def scalable(model: nn.Module, planned: Plan) -> dict[str, nn.Module]:

@@ -331,3 +331,10 @@ def test_a_refused_module_is_one_call_in_the_graph():
     assert [node.target for node in seen.graph.nodes if node.op == "call_module"] == ["0", "1"]
     assert seen.entered == (net,)
     assert list(seen.refused) == [net[0]]
+
+
+def test_what_a_models_forward_shows_counts_before_what_a_container_shows_alone():
+    """Layers that are called one by one from a container close as they do there, whatever else the container holds."""
+    block = Block(lambda block, x: x + block.branch[1](block.branch[0](x)))
+    block.branch.append(nn.BatchNorm1d(2))  # never called
+    assert residual_closing(block).closing == ("branch.1",)
