@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 warnings.simplefilter("ignore")
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 STRATEGIES = {
     "ddp": lambda: DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)),
     "fsdp2": lambda: ModelParallelStrategy(

@@ -48,7 +48,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("missing", ["tensorboard", "jsonargparse", "sklearn", "matplotlib"])
+@pytest.mark.parametrize("missing", ["tensorboard", "jsonargparse", "sklearn"])
 def test_the_callbacks_import_where_optional_packages_are_missing(missing):
     """Many projects have Lightning alone; the callbacks do not need more."""
     code = f"import sys; sys.modules[{missing!r}] = None; import lightning_bn; lightning_bn.diagnose()"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from init_lives import BUILT, IMPOSSIBLE, LIVES, summary, without_us
 
 SCRIPT = Path(__file__).parent.parent / "init_script.py"
@@ -47,11 +48,22 @@ def test_what_lightning_cannot_do_fails_alike_without_us(make_trainer, tmp_path,
     assert errors[0] == errors[1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lived(request, tmp_path_factory):
     """All lives under one strategy, led in two processes: the reports of both ranks."""
-    root = tmp_path_factory.mktemp(request.param)
-    words = [*("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"), str(SCRIPT), request.param]
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    root = shared / f"lives_{request.param}"
+    with FileLock(f"{root}.lock"):  # the first test of the first worker leads them, all others read
+        if not root.exists():
+            root.mkdir()
+            lead(request.param, root)
+    return [json.loads(report.read_text()) for report in sorted(root.glob("rank*.json"))]
+
+
+def lead(strategy, root):
+    """Start both processes, which leave their reports in a folder."""
+    words = [*("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"), str(SCRIPT), strategy]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *words, str(root)],
         env={**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"},
@@ -62,7 +74,6 @@ def lived(request, tmp_path_factory):
     )
     reports = sorted(root.glob("rank*.json"))
     assert len(reports) == 2, (done.stdout + done.stderr)[-4000:]
-    return [json.loads(report.read_text()) for report in reports]
 
 
 @pytest.mark.parametrize(
