@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from specimens import Healthy, loader, network
+from specimens import BuiltInConfigureModel, BuiltInSetup, Healthy, loader, network
 from torch import nn
 
 from lightning_bn import WeightInit, initialize
@@ -18,8 +18,8 @@ from lightning_bn import WeightInit, initialize
 SEED = 7
 
 
-class Still(Healthy):
-    """The optimizer does not move the weights, so that they can be compared after a fit."""
+class Still:
+    """Mixin: the optimizer does not move the weights, so that they can be compared after a fit; it has its data."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -31,28 +31,19 @@ class Still(Healthy):
         return loader()
 
 
-class BuiltInSetup(Still):
+class StillBuiltInInit(Still, Healthy):
+    """Builds its layers in ``__init__``."""
+
+
+class StillBuiltInSetup(Still, BuiltInSetup):
     """Builds its layers in ``setup``."""
 
-    def __init__(self):
-        super().__init__()
-        self.net = None
 
-    def setup(self, stage):
-        self.net = self.net or network()
-
-
-class BuiltInConfigureModel(BuiltInSetup):
+class StillBuiltInConfigureModel(Still, BuiltInConfigureModel):
     """Builds its layers in ``configure_model``."""
 
-    def setup(self, stage):
-        pass
 
-    def configure_model(self):
-        self.net = self.net or network()
-
-
-class Lazy(Still):
+class Lazy(StillBuiltInInit):
     """Its first layer gets its parameters in its first forward pass, and so does a BatchNorm."""
 
     def __init__(self):
@@ -61,7 +52,7 @@ class Lazy(Still):
         self.net[0], self.net[1] = nn.LazyLinear(self.net[0].out_features), nn.LazyBatchNorm1d()
 
 
-class Sharded(BuiltInConfigureModel):
+class Sharded(StillBuiltInConfigureModel):
     """Shards its layers with FSDP2 in ``configure_model``."""
 
     def configure_model(self):
@@ -72,7 +63,12 @@ class Sharded(BuiltInConfigureModel):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
-BUILT = {"__init__": Still, "setup": BuiltInSetup, "configure_model": BuiltInConfigureModel, "lazy": Lazy}
+BUILT = {
+    "__init__": StillBuiltInInit,
+    "setup": StillBuiltInSetup,
+    "configure_model": StillBuiltInConfigureModel,
+    "lazy": Lazy,
+}
 
 
 @dataclass

@@ -58,6 +58,27 @@ class Healthy(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
+class BuiltInSetup(Healthy):
+    """Builds its layers in ``setup``."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def setup(self, stage):
+        self.net = self.net or network()
+
+
+class BuiltInConfigureModel(BuiltInSetup):
+    """Builds its layers in ``configure_model``."""
+
+    def setup(self, stage):
+        pass
+
+    def configure_model(self):
+        self.net = self.net or network()
+
+
 class LogOfNegative(nn.Module):
     """A module that turns finite inputs into NaN."""
 

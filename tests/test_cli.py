@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -94,6 +95,33 @@ def test_the_recipe_is_appended_to_any_project(tmp_path, project):
         "BatchNormMonitor",
     ]
     assert [finding.rule for finding in found(tmp_path)] == ["affine-drift"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "project", "change"),
+    [
+        pytest.param("init_he", "train_lightning.py", ["exclude", "[body]"], id="he"),
+        pytest.param("init_xavier", "train_pytorch_lightning.py", ["nonlinearity", "linear"], id="xavier"),
+        pytest.param("init_naive", "train_lightning.py", ["scheme", "1000"], id="naive"),
+    ],
+)
+def test_a_start_is_appended_to_any_project_with_the_change_of_its_header(tmp_path, recipe, project, change):
+    """The recipe's start is in the report beside the findings, as changed by the override that its header shows."""
+    argument, value = change
+    run(
+        tmp_path,
+        *(HOSTS / project, "fit", "--config", HOSTS / "base.yaml", "--config", RECIPES / f"{recipe}.yaml"),
+        *(f"--trainer.callbacks.{argument}", value),
+    )
+    (path,) = tmp_path.rglob("init.json")
+    content = json.loads(path.read_text())
+    schemes = {row["scheme"] for row in content["parameters"]}
+    assert content["first_batch"]["signal"]
+    assert {
+        "init_he": "kept" in schemes and any("excluded" in row["why"] for row in content["parameters"]),
+        "init_xavier": {row["gain"] for row in content["parameters"] if row["scheme"] == "xavier"} == {1.0},
+        "init_naive": "normal(1000)" in schemes,
+    }[recipe]
 
 
 @pytest.mark.parametrize("project", ["train_lightning.py", "train_pytorch_lightning.py"])

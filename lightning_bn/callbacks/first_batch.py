@@ -96,8 +96,9 @@ def find_factors(
 def first_pass(trainer: Trainer, pl_module: LightningModule, signal: Mapping[str, Summary], loss: Any) -> Shown:
     """Put together what the first training batch showed; reads the loss on the host."""
     dtype = compute_dtype(trainer, pl_module)
-    accumulated = getattr(trainer, "accumulate_grad_batches", 1)
-    start = cross_entropy_start(loss, scale=float(accumulated)) if isinstance(loss, Tensor) else None
+    # Lightning divides the loss by the number of micro-batches, be it 1; under manual optimisation it does not.
+    divided = float(getattr(trainer, "accumulate_grad_batches", 1)) if pl_module.automatic_optimization else None
+    start = cross_entropy_start(loss, scale=divided) if isinstance(loss, Tensor) else None
     return Shown(signal, dtype) if start is None else Shown(signal, dtype, float(start.loss), start.expected)
 
 

@@ -12,7 +12,7 @@ from specimens import Healthy, loader, network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_bn import NaNGuard, Severity, WeightInit, read_findings
+from lightning_bn import NaNGuard, Severity, WeightInit, initialize, read_findings
 
 
 def written(tmp_path):
@@ -172,6 +172,38 @@ def test_a_large_initial_loss_is_said(make_trainer, tmp_path):
     (finding,) = (finding for finding in init.findings if finding.rule == "large-initial-loss")
     assert finding.severity is Severity.WARNING
     assert finding in read_findings(tmp_path / "run" / "version_0")
+
+
+class Manual(Healthy):
+    """Manual optimisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(self(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        pytest.param(Healthy, {}, id="plain"),
+        pytest.param(Healthy, {"accumulate_grad_batches": 2}, id="accumulation"),
+        pytest.param(Healthy, {"precision": "bf16-mixed"}, id="bf16-mixed"),
+        pytest.param(Manual, {}, id="manual optimisation"),
+    ],
+)
+def test_the_initial_loss_is_that_of_the_first_batch(make_trainer, tmp_path, build, options):
+    """However Lightning scales it, it is the mean cross-entropy of an ordinary forward pass in float64."""
+    model, twin = build(), build()
+    make_trainer(WeightInit(seed=1), **options).fit(model, loader())
+    initialize(twin, seed=1)
+    x, y = next(iter(loader()))
+    exact = nn.functional.cross_entropy(twin.net.double().train()(x.double()), y).item()
+    assert kept(tmp_path)["first_batch"]["initial_loss"] == pytest.approx(
+        exact, rel=0.02 if options.get("precision") else 1e-5
+    )
 
 
 def test_pytorch_leaves_the_model_as_it_is_and_reports(make_trainer, tmp_path):

@@ -9,31 +9,10 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
-from specimens import FEATURES, Healthy, loader, network
+from specimens import FEATURES, BuiltInConfigureModel, BuiltInSetup, Healthy, loader, network
 from torch import nn
 
 from lightning_bn import WeightInit, initialize
-
-
-class BuiltInSetup(Healthy):
-    """Builds its layers in ``setup``."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = None
-
-    def setup(self, stage):
-        self.net = self.net or network()
-
-
-class BuiltInConfigureModel(BuiltInSetup):
-    """Builds its layers in ``configure_model``."""
-
-    def setup(self, stage):
-        pass
-
-    def configure_model(self):
-        self.net = self.net or network()
 
 
 class Frozen:
