@@ -166,6 +166,14 @@ def averaged_before(build: Callable[[], nn.Module], make: Callable[..., Any], _:
     return _life(model, SEED, init)
 
 
+def scaled(build: Callable[[], nn.Module], make: Callable[..., Any], _: Path) -> Life:
+    """One fit that starts from LSUV, which scales the weights on the first batch."""
+    model, init, twin = build(), WeightInit("lsuv", seed=SEED), Healthy(network())
+    make(init).fit(model)
+    initialize(twin, "lsuv", seed=SEED, batch=next(iter(loader()))[0])
+    return _life(model, digest(twin), init)
+
+
 def validated(build: Callable[[], nn.Module], make: Callable[..., Any], _: Path) -> Life:
     """No fit at all: the weights are those that the model was built with."""
     torch.manual_seed(3)
@@ -192,5 +200,6 @@ LIVES = {
     "fitted twice": fitted_twice,
     "averaged after": averaged_after,
     "averaged before": averaged_before,
+    "scaled": scaled,
     "validated": validated,
 }

@@ -91,6 +91,15 @@ def find_factors(
         return unit_variance(layers, lambda: rehearse(trainer, pl_module, batch, batch_idx)), ""
     except Exception as error:  # noqa: BLE001  (the step's own error, which the real step will show as well)
         return None, f"the rehearsed step failed: {type(error).__name__}: {error}"
+    finally:
+        _reshard(pl_module)
+
+
+def _reshard(pl_module: LightningModule) -> None:
+    """Let FSDP2 drop the whole weights that a forward pass gathered: what changes now are the shards."""
+    for module in pl_module.modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]  # by name, as the class is a heavy import
 
 
 def first_pass(trainer: Trainer, pl_module: LightningModule, signal: Mapping[str, Summary], loss: Any) -> Shown:
