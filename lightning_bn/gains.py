@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (its usual name)
 from torch import Tensor, nn
 from torch.nn.modules import activation
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from lightning_bn.layers import NORMS, holds_weights
@@ -165,10 +164,7 @@ def _slope(module: nn.Module) -> float | None:
 
 def _inside_composite(module: nn.Module) -> Iterator[tuple[str, Follower]]:
     """Followers inside torch's own composites, whose forward is known."""
-    if isinstance(module, nn.MultiheadAttention):
-        if isinstance(module.out_proj, NonDynamicallyQuantizableLinear):
-            yield "out_proj", LINEAR
-    elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         between = module.activation
         name = getattr(between, "__name__", "")
         known = follower_of(between) if isinstance(between, nn.Module) else None

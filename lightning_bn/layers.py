@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 NORMS: tuple[type[nn.Module], ...] = (
     _NormBase,  # BatchNorm and InstanceNorm of every dimension
@@ -124,8 +125,10 @@ def _norm(module: nn.Module) -> Iterator[Slot]:
 
 def _dense(module: nn.Module) -> Iterator[Slot]:
     fan_in, fan_out = fans(module)
-    swapped = isinstance(module, _ConvTransposeNd)
-    yield Slot("weight", module.weight, Role.WEIGHT, fan_in, fan_out, getattr(module, "groups", 1), swapped)  # type: ignore[arg-type]
+    swapped, groups = isinstance(module, _ConvTransposeNd), getattr(module, "groups", 1)
+    # The projection of attention's output, which attention calls by its weight, not as a module.
+    behind = "linear" if isinstance(module, NonDynamicallyQuantizableLinear) else None
+    yield Slot("weight", module.weight, Role.WEIGHT, fan_in, fan_out, groups, swapped, behind)  # type: ignore[arg-type]
     yield Slot("bias", module.bias, Role.BIAS)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,17 @@ def test_weights_keep_their_direction():
     rows = {row.name: row for row in report.rows}
     for name, parameter in model.named_parameters():
         assert rows[name].actual_std == pytest.approx(parameter.std(correction=0).item(), rel=1e-4, abs=1e-7)
+
+
+def test_attention_stays_as_drawn_and_the_layers_around_it_are_scaled():
+    """What attention multiplies by itself cannot be heard; nobody is warned of that."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    report = initialize(layer, "lsuv", batch=torch.randn(8, 5, 16))
+    rows = {row.name: row for row in report.rows}
+    out = layer.self_attn.out_proj.weight.detach()
+    assert torch.allclose(out @ out.T, torch.eye(16), atol=1e-5)
+    assert rows["linear1.weight"].actual_std != pytest.approx(1 / math.sqrt(32), rel=1e-3)
+    assert not any(row.why for row in report.rows)
 
 
 def test_a_bias_that_stays_is_not_scaled():
