@@ -131,6 +131,8 @@ def publish(live: Live, report: Report, shown: Shown | None = None) -> None:
         content["first_batch"] = shown.to_dict()
         loggers.text("bn_init_signal", signal_markdown(shown.signal, shown.dtype, [shown.words]), step)
         _draw(loggers, report, shown, step)
+    if getattr(trainer, "fast_dev_run", False):
+        return  # Lightning writes no files in a trial run either
     try:
         live.file.write_beside(FILE, content)
     except Exception as error:  # noqa: BLE001  (a full disk, a missing driver of a remote file system, ...)

@@ -54,6 +54,15 @@ def test_a_json_file_beside_the_findings_holds_both(make_trainer, tmp_path):
     assert content["first_batch"]["loss_of_equal_probabilities"] == pytest.approx(math.log(4))
 
 
+def test_a_trial_run_leaves_no_file(make_trainer, tmp_path):
+    """With ``fast_dev_run`` Lightning writes nothing, and neither does a healthy start."""
+    init = WeightInit()
+    make_trainer(init, fast_dev_run=True).fit(Healthy(), loader())
+    assert init.report is not None
+    assert not init.off
+    assert list(tmp_path.rglob("init.json")) == []
+
+
 def test_the_signal_is_what_an_ordinary_forward_pass_shows(make_trainer, tmp_path):
     """Standard deviations are those of the layers' outputs on the first batch, computed apart in float64."""
     model = Healthy()
