@@ -16,7 +16,7 @@ from lightning_bn.initialization import Report
 from lightning_bn.layers import NORMS, holds_weights
 from lightning_bn.outlook import Stage
 from lightning_bn.stats.finite import is_measurable
-from lightning_bn.stats.moments import Summary, complete, measure, summarize
+from lightning_bn.stats.moments import Summary, complete, measure, summarize, wide_dtype
 from lightning_bn.taps import choose, plain_name, tensors_in
 
 BOUNDED = ("tanh", "sigmoid", "hardsigmoid", "softmax", "softsign", "hardtanh", "relu6")
@@ -52,7 +52,7 @@ class SignalRecorder:
             return {}
         counts, rows = zip(*self._measured.values(), strict=True)
         device = rows[0].device
-        wide = torch.stack([row.to(device, torch.float64 if device.type != "mps" else torch.float32) for row in rows])
+        wide = torch.stack([row.to(device, wide_dtype(device)) for row in rows])
         pooled = complete(wide, torch.tensor(counts, device=device)).cpu()
         return {name: summarize(row) for name, row in zip(self._measured, pooled, strict=True)}
 
