@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.weight_init import WeightInit
     from lightning_bn.findings import Finding, NonFiniteError, Severity
     from lightning_bn.initialization import initialize
+    from lightning_bn.locate import locate_nonfinite
     from lightning_bn.norms import find_batchnorm
     from lightning_bn.sinks import read_findings
 
@@ -33,6 +34,7 @@ __all__ = [
     "diagnose",
     "find_batchnorm",
     "initialize",
+    "locate_nonfinite",
     "read_findings",
 ]
 
@@ -47,6 +49,7 @@ _HOMES = {
     "diagnose": "callbacks.diagnosis",
     "find_batchnorm": "norms",
     "initialize": "initialization",
+    "locate_nonfinite": "locate",
     "read_findings": "sinks",
 }
 

@@ -171,10 +171,7 @@ class Recorder:
         )
 
     def _statistics(self) -> dict[str, list[Tensor]]:
-        return {
-            name: [census(x) for x in (layer.running_mean, layer.running_var) if x is not None and _has_memory(x)]
-            for name, layer in self._norms.items()
-        }
+        return _statistics_of(self._norms)
 
     def _call(self, place: int, seen: Mapping[Any, Census], weights: Mapping[str, Census]) -> Call:
         heard = self._heard[place]
@@ -199,6 +196,18 @@ def _census_of(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     running = {f"{name}.{kind}" for name in find_batchnorm(model) for kind in ("running_mean", "running_var")}
     return ((path, x) for path, x in model.named_buffers() if plain_name(path) not in running)
+
+
+def running_statistics(model: nn.Module) -> dict[str, Census]:
+    """Census of running mean and variance together, by BatchNorm layer; reads the host once for each device."""
+    return _read_groups(_statistics_of(find_batchnorm(model)))
+
+
+def _statistics_of(norms: Mapping[str, Any]) -> dict[Any, list[Tensor]]:
+    return {
+        name: [census(x) for x in (layer.running_mean, layer.running_var) if x is not None and _has_memory(x)]
+        for name, layer in norms.items()
+    }
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

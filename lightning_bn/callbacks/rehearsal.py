@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lightning_bn.quarantine import lazy_tensors, quarantine
-from lightning_bn.taps import tensors_in
+from lightning_bn.replay import copied
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -46,18 +45,30 @@ def rehearse(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx
     if reason is not None:
         raise ValueError(f"pl_module must have a training_step that can be rehearsed, but {reason}")
     step = pl_module.training_step
-    with quarantine(pl_module), _silent_loggers(trainer), _eagerly():
-        args, kwargs = _arguments(step, _copied(batch), batch_idx)
+    with apart(trainer, pl_module):
+        args, kwargs = arguments(step, copied(batch), batch_idx)
         with trainer.precision_plugin.train_step_context():
             return step(*args, **kwargs)
+
+
+@contextmanager
+def apart(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """A quarantine for a model that belongs to a trainer: loggers are silent, and compiled parts run eagerly."""
+    with quarantine(pl_module), _silent_loggers(trainer), _eagerly():
+        yield
 
 
 def cannot_rehearse(pl_module: LightningModule) -> str | None:
     """Why a training step cannot be run without a trace, in words; None where it can."""
     if not pl_module.automatic_optimization:
         return "its training_step steps the optimizers (manual optimisation)"
-    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-        return "its training_step takes batches from the loader (dataloader_iter)"
+    return cannot_repeat(pl_module, "training_step")
+
+
+def cannot_repeat(pl_module: LightningModule, stage: str) -> str | None:
+    """Why a step cannot be run a second time, in words; None where it can, be it with optimizers that stand still."""
+    if "dataloader_iter" in inspect.signature(getattr(pl_module, stage)).parameters:
+        return f"its {stage} takes batches from the loader (dataloader_iter)"
     if lazy := lazy_tensors(pl_module):
         return f"its lazy modules have not seen data yet ({lazy[0]})"
     return None
@@ -134,19 +145,12 @@ def _eagerly() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _copied(batch: Any) -> Any:
-    # A deep copy of a slice would take the whole tensor along, and one of a tensor with a graph fails.
-    memo = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for _, x in tensors_in(batch)}
-    try:
-        return copy.deepcopy(batch, memo)
-    except Exception as error:
-        raise TypeError(f"batch must be what copy.deepcopy can copy, got {type(batch).__name__} ({error})") from error
-
-
-def _arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments that a step takes: the batch, its number where there is a place for it, and no other loader."""
+def arguments(
+    step: Callable[..., Any], batch: Any, batch_idx: int, dataloader_idx: int = 0
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments that a step takes: the batch, its number and that of its loader where there is a place for them."""
     parameters = inspect.signature(step).parameters.values()
-    offered = {"batch": batch, "batch_idx": batch_idx, "dataloader_idx": 0}
+    offered = {"batch": batch, "batch_idx": batch_idx, "dataloader_idx": dataloader_idx}
     places = [p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
     args = [*offered.values()][: 3 if "dataloader_idx" in places[2:3] else min(len(places), 2)]
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):

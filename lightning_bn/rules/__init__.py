@@ -5,21 +5,33 @@ from __future__ import annotations
 
 from lightning_bn.rules import (
     affine_drift,
+    diverged_by_learning_rate,
+    invalid_gradient,
+    invalid_operation,
     large_initial_loss,
     monitor_failed,
     non_finite_input,
     non_finite_loss,
     non_finite_output,
     non_finite_parameter,
+    non_finite_target,
     not_initialised,
     not_watched,
     overflow_by_initialisation,
+    overflow_by_range,
+    overflowed_running_statistics,
     overwritten_weights,
     poisoned_running_statistics,
     unmatched_layers,
 )
 
 SLUGS: tuple[str, ...] = (
+    overflowed_running_statistics.RULE,
+    overflow_by_range.RULE,
+    non_finite_target.RULE,
+    invalid_operation.RULE,
+    invalid_gradient.RULE,
+    diverged_by_learning_rate.RULE,
     affine_drift.RULE,
     large_initial_loss.RULE,
     monitor_failed.RULE,

@@ -11,7 +11,7 @@ from lightning_bn.stats.finite import Census
 RULE = "non-finite-input"
 
 
-def non_finite_input(path: str, index: Sequence[int], seen: Census, *, spread: bool) -> Finding | None:
+def non_finite_input(path: str, index: Sequence[int], seen: Census, *, spread: bool, after: str = "") -> Finding | None:
     """Judge one tensor of a batch.
 
     Values of -inf alone pass: attention masks are filled with them. NaN or +inf that neither an output nor the
@@ -22,6 +22,7 @@ def non_finite_input(path: str, index: Sequence[int], seen: Census, *, spread: b
         index: index of its first non-finite value; the first number is the sample.
         seen: census of the tensor.
         spread: whether outputs, loss or running statistics became non-finite in the same pass.
+        after: what became of the step, in words; empty for what a look at the modules alone can say.
 
     Returns:
         An ``error`` if it spread, an ``info`` if it did not, None if the tensor is clean.
@@ -35,6 +36,5 @@ def non_finite_input(path: str, index: Sequence[int], seen: Census, *, spread: b
         quiet = f"{what}; nothing else that is not finite was traced to it"
         return Finding(RULE, Severity.INFO, quiet, "", data=data)
     advice = "repair or drop this sample where the data set loads it"
-    return Finding(
-        RULE, Severity.ERROR, f"{what}; outputs or the loss of the same step are not finite", advice, data=data
-    )
+    after = after or "outputs or the loss of the same step are not finite"
+    return Finding(RULE, Severity.ERROR, f"{what}; {after}", advice, data=data)

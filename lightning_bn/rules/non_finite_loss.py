@@ -38,3 +38,17 @@ def non_finite_loss(loss: Census, *, heard: int, arrived: str | None, unseen: Ma
         advice = "fit once without torch.compile or TorchScript: the fault may lie in what could not be listened to"
     data = {"nan": loss.nan, "posinf": loss.posinf, "neginf": loss.neginf, "arrived": arrived, "unseen": list(unseen)}
     return Finding(RULE, Severity.ERROR, f"the loss is {kind}; {place}", advice, data=data)
+
+
+def untraced_loss(loss: float) -> Finding:
+    """Report a loss whose bad values no operation that was watched has made.
+
+    Args:
+        loss: NaN or infinite.
+
+    Returns:
+        An ``error``.
+    """
+    evidence = f"the loss is {loss:g}; a replay of the step saw it, but no operation of torch that made it"
+    advice = "look for what torch does not see: numpy, a compiled extension, memory that was never written"
+    return Finding(RULE, Severity.ERROR, evidence, advice, data={"loss": loss})

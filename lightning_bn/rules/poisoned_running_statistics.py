@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A BatchNorm layer's running statistics hold NaN or infinity."""
+"""A BatchNorm layer's running statistics hold NaN."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ RULE = "poisoned-running-statistics"
 
 
 def poisoned_running_statistics(layer: str, before: Census, after: Census, *, used: bool) -> Finding | None:
-    """Judge running mean and variance of one layer, taken together.
+    """Judge running mean and variance of one layer, taken together, where one of them holds NaN.
 
-    They stay non-finite for ever: each update keeps a share of the old value. The loss need not show it, since
-    training normalises by the batch; a variance that overflowed makes the layer's output constant.
+    They stay so for ever: each update keeps a share of the old value. The training loss need not show it, since
+    training normalises by the batch; in eval mode every output of the channel is NaN.
 
     Args:
         layer: module path.
-        before: census before the forward pass.
-        after: census after it.
+        before: census before the forward pass, or at the last look.
+        after: census now.
         used: whether the layer ran in this pass; statistics of a layer that never runs harm nobody.
 
     Returns:
-        An ``error``, or None if they are finite or the layer did not run.
+        An ``error``, or None if none is NaN or the layer did not run.
     """
-    if after.is_finite or not used:
+    if not after.nan or not used:
         return None
     since = "they were finite before" if before.is_finite else "they were not finite before either"
-    evidence = f"running statistics after the forward pass: {after.describe()}; {since}"
-    advice = "rescale what feeds this layer, then call reset_running_stats() on it"
+    evidence = f"running mean and variance: {after.describe()}; {since}; in eval mode these channels are NaN"
+    advice = "keep the batch that did it out (it is not finite), then call reset_running_stats() on this layer"
     data = {
         "nan": after.nan,
         "posinf": after.posinf,

@@ -9,7 +9,9 @@ from lightning_bn.rules.non_finite_input import non_finite_input
 from lightning_bn.rules.non_finite_loss import non_finite_loss
 from lightning_bn.rules.non_finite_output import culprit_of, non_finite_output
 from lightning_bn.rules.non_finite_parameter import non_finite_parameter
+from lightning_bn.rules.overflowed_running_statistics import overflowed_running_statistics
 from lightning_bn.rules.poisoned_running_statistics import poisoned_running_statistics
+from lightning_bn.stats.finite import Census
 from lightning_bn.taps import is_below
 
 
@@ -30,14 +32,16 @@ def root_cause(seen: Pass) -> list[Finding]:
     # Infinities alone spread nothing while the loss is finite: masked attention scores are -inf on purpose.
     came_out = any(call.outputs.nan or (seen.failed and call.outputs.posinf) for call in seen.calls)
     if not loss_is_bad and not poisoned and not came_out:
-        return _outside(seen, spread=False)
+        return from_outside(seen, spread=False)
     culprit = culprit_of(seen.calls)
     inherited = [finding for finding in poisoned if not finding.data["finite_before"]]
     if culprit and _is_first(culprit):
         owned = [*_owned(seen, culprit), *_below(inherited, culprit.layer)]
-        outside = [finding for finding in _outside(seen, spread=False) if finding.layer not in {f.layer for f in owned}]
+        outside = [
+            finding for finding in from_outside(seen, spread=False) if finding.layer not in {f.layer for f in owned}
+        ]
         return [*outside, *(owned or [_blame(seen, culprit, harmed=loss_is_bad or bool(poisoned))])]
-    outside = [*_outside(seen, spread=True), *inherited]
+    outside = [*from_outside(seen, spread=True), *inherited]
     if any(finding.severity is Severity.ERROR for finding in outside):
         return outside
     if culprit:
@@ -74,7 +78,8 @@ def _is_first(culprit: Call) -> bool:
     return bool(culprit.shapes) and culprit.inputs.is_finite
 
 
-def _outside(seen: Pass, *, spread: bool) -> list[Finding]:
+def from_outside(seen: Pass, *, spread: bool) -> list[Finding]:
+    """What was not finite before anything ran: batch, parameters, buffers."""
     inputs = (non_finite_input(place.path, place.index, place.seen, spread=spread) for place in seen.batch)
     return [*(finding for finding in inputs if finding), *_weights(seen, spread=spread)]
 
@@ -95,11 +100,17 @@ def _below(findings: list[Finding], top: str) -> list[Finding]:
     return [finding for finding in findings if finding.layer == top or is_below(finding.layer or "", top)]
 
 
+def statistics_fault(layer: str, before: Census, after: Census, *, used: bool) -> Finding | None:
+    """Running statistics of one layer: what NaN poisoned, or what overflowed."""
+    poisoned = poisoned_running_statistics(layer, before, after, used=used)
+    return poisoned or overflowed_running_statistics(layer, before, after, used=used)
+
+
 def _poisoned(seen: Pass) -> list[Finding]:
     ran = {call.layer for call in seen.calls}
     judged = (
         # Statistics that this pass changed were used by it, heard or not.
-        poisoned_running_statistics(layer, before, after, used=layer in ran or before.is_finite)
+        statistics_fault(layer, before, after, used=layer in ran or before.is_finite)
         for layer, (before, after) in seen.statistics.items()
     )
     return [finding for finding in judged if finding]

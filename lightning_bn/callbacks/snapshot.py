@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state in which a batch finds a model: buffers and random streams, kept at a cost that nobody notices."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+class Snapshot:
+    """Remember the state before the present batch, so that its step can be run again, or undone.
+
+    A buffer is copied only where it was written to since the last time. The streams of ``random`` and ``numpy`` are
+    kept only while steps draw from them, which :meth:`notice` finds out: reading numpy's takes as long as a small
+    network's optimizer step. Parameters are not copied: a step is looked into before they change.
+
+    Args:
+        model: the network. Memory: a copy of the buffers that change, such as BatchNorm's running statistics.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._entries = [(module, key) for module in model.modules() for key in module._buffers]  # noqa: SLF001  (theirs)
+        self._live: list[Tensor | None] = [None] * len(self._entries)
+        self._kept: list[Tensor | None] = [None] * len(self._entries)
+        self._versions = [-1] * len(self._entries)
+        self._uses_python = self._uses_numpy = True
+        self.torch: Tensor | None = None
+        self.cuda: Tensor | None = None
+        self.python: Any = None
+        self.numpy: Any = None
+
+    def take(self) -> None:
+        """Remember the present state; called before each step."""
+        self.torch = torch.get_rng_state()
+        device = self._cuda_device()
+        self.cuda = None if device is None else torch.cuda.get_rng_state(device)
+        self.python = random.getstate() if self._uses_python else None
+        self.numpy = _numpy_state() if self._uses_numpy else None
+        changed = [
+            place
+            for place, (x, version) in enumerate(self._now())
+            if self._versions[place] != version or x is not self._live[place]
+        ]
+        if changed:
+            self._copy(changed)
+
+    def notice(self) -> None:
+        """Find out which streams a step draws from; called in a step whose start kept them all."""
+        self._uses_python = self.python is not None and random.getstate() != self.python
+        now = _numpy_state()
+        self._uses_numpy = self.numpy is not None and now is not None and not _same(now, self.numpy)
+
+    def look_closer(self) -> None:
+        """Keep all streams of the next step, for :meth:`notice`."""
+        self._uses_python = self._uses_numpy = True
+
+    def put_back(self) -> None:
+        """Write the remembered values into the buffers that the model has now, be they stand-ins of a quarantine."""
+        with torch.no_grad():
+            for (module, key), kept in zip(self._entries, self._kept, strict=True):
+                x = module._buffers.get(key)  # noqa: SLF001  (the same)
+                if x is not None and kept is not None and x.shape == kept.shape:
+                    x.copy_(kept)
+
+    def rewind(self) -> None:
+        """Set the random streams to where they stood; for use in a quarantine, which sets them forward again."""
+        if self.torch is not None:
+            torch.set_rng_state(self.torch)
+        device = self._cuda_device()
+        if self.cuda is not None and device is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+        if self.python is not None:
+            random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy.random"].set_state(self.numpy)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies of the remembered buffers by path."""
+        by_entry = {(id(module), key): kept for (module, key), kept in zip(self._entries, self._kept, strict=True)}
+        found = {
+            f"{path}.{key}" if path else key: by_entry.get((id(module), key))
+            for path, module in self._model.named_modules()
+            for key in module._buffers  # noqa: SLF001  (the same)
+        }
+        return {path: kept.clone() for path, kept in found.items() if kept is not None}
+
+    def _now(self) -> Iterator[tuple[Tensor | None, int]]:
+        for module, key in self._entries:
+            x = module._buffers.get(key)  # noqa: SLF001  (the same)
+            lazy = x is None or is_lazy(x) or x.is_inference()
+            yield x, -1 if lazy or x is None else x._version  # noqa: SLF001  (no public name)
+
+    def _copy(self, places: list[int]) -> None:
+        fresh: list[Tensor] = []
+        kept: list[Tensor] = []
+        for place in places:
+            module, key = self._entries[place]
+            x, old = module._buffers.get(key), self._kept[place]  # noqa: SLF001  (the same)
+            self._live[place] = x
+            if x is None or is_lazy(x) or x.is_inference():
+                self._kept[place] = None
+                continue
+            self._versions[place] = x._version  # noqa: SLF001  (the same)
+            if old is None or old.shape != x.shape or old.dtype != x.dtype or old.device != x.device:
+                self._kept[place] = x.detach().clone()
+            else:
+                fresh.append(x.detach())
+                kept.append(old)
+        if fresh:
+            with torch.no_grad():
+                torch._foreach_copy_(kept, fresh)
+
+    def _cuda_device(self) -> torch.device | None:
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            return None
+        device = next((x.device for x in self._model.parameters()), torch.device("cpu"))
+        return device if device.type == "cuda" else None
+
+
+def _numpy_state() -> Any:
+    numpy = sys.modules.get("numpy.random")
+    return None if numpy is None else numpy.get_state(legacy=False)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two states of numpy's global stream are the same."""
+    one, other = a["state"], b["state"]
+    return bool(one["pos"] == other["pos"] and (one["key"] == other["key"]).all()) if "key" in one else one == other

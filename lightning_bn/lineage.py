@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Follow NaN and infinity through every operation of a pass, back to the one that made them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from lightning_bn.operations import (
+    FINITE,
+    INFINITE,
+    NAN,
+    Fault,
+    Operation,
+    Origin,
+    Outside,
+    in_float64,
+    largest,
+    measured,
+    scalars_of,
+    state,
+    tensors_of,
+)
+from lightning_bn.source import Names, Spot, spot
+from lightning_bn.stats.finite import census, first_bad_index, is_measurable, read
+from lightning_bn.taps import plain_name
+
+MULTIPLYING = frozenset({"addmm", "mm", "bmm", "baddbmm", "convolution", "addmv", "mv", "linear"})
+"""Operations whose outputs tell how the signal grows over depth."""
+PLUMBING = frozenset(
+    {"clone", "detach", "lift_fresh", "_to_copy", "copy_", "ones_like", "zeros", "zeros_like", "expand"}
+)
+"""Operations that move values or fill memory, and explain nothing."""
+CHECKPOINT = "checkpoint.py"
+STEPS_BEFORE = 4
+
+
+@dataclass
+class _Mark:
+    """What is known of a storage."""
+
+    alive: Any  # a weak reference: while it is held, no other storage gets the same address
+    writer: Operation | None = None
+    sources: tuple[_Mark, ...] = ()
+    origin: Origin | None = None
+    meant: bool = False  # infinities that a literal put there
+    name: str = ""  # of a parameter, a buffer or a tensor of the batch
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class _Came:
+    """An input of an operation before it ran."""
+
+    tensor: Tensor
+    state: int
+    mark: _Mark | None
+
+
+class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Watch every operation that runs in this block, forward and backward, and remember where bad values came from.
+
+    Reads the host for every operation: this is for the replay of a step that is known to be bad, not for training.
+    An infinity that a literal put there (``masked_fill(mask, -inf)``) is meant, as long as no NaN is made of it.
+
+    Args:
+        names: the modules of the model.
+        outermost: code of the function that runs the pass; stack frames from there on are not looked at.
+
+    Example:
+        >>> with Lineage(Names(nn.Identity())) as lineage:
+        ...     y = torch.log(torch.zeros(2)) * 0
+        >>> lineage.origin_of(y).operation.name
+        'log'
+    """
+
+    def __init__(self, names: Names, outermost: CodeType | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # the same
+        self._names = names
+        self._outermost = outermost
+        self._marks: dict[int, _Mark] = {}
+        self._made: dict[int, Spot] = {}  # by the number that autograd gave the node of a forward operation
+        self._sizes: dict[str, float] = {}
+        self._mixed: dict[int, str] = {}
+        self._count = 0
+        self.suspect: Origin | None = None
+        """Where a bad value came from that a decision was based on: read on the host, or refused by an operation."""
+
+    def enter(self, kind: Any, path: str, x: Tensor) -> None:
+        """Make a tensor known that is there before anything runs: of the batch, a parameter or a buffer."""
+        mark = self._mark_of(x)
+        if mark is None:
+            mark = self._marks[_key(x)] = _Mark(_weakly(x))
+        mark.name, mark.kind = mark.name or path, mark.kind or kind
+        with _disable_current_modes():
+            if state(x) == FINITE or mark.origin is not None:
+                return
+            outside = _outside(kind, path, x)
+        # Of -inf alone one may assume that it is there on purpose.
+        mark.meant = outside.seen.level < NAN
+        mark.origin = None if mark.meant else outside
+
+    def origin_of(self, x: Tensor) -> Origin | None:
+        """Where the bad values of a tensor came from; None if it is finite, or what it holds is meant."""
+        mark = self._mark_of(x)
+        with _disable_current_modes():
+            if mark is None or mark.origin is None or state(x) == FINITE:
+                return None
+        if isinstance(mark.origin, Outside):
+            return replace(mark.origin, mixed=self._mixed.get(id(mark.origin), ""))
+        return mark.origin
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and look at what it did; called by torch."""
+        kwargs = kwargs or {}
+        came = [_Came(x, state(x), self._mark_of(x)) for x in tensors_of(args, kwargs)]
+        before = _kept(func, args, kwargs)
+        operation = self._operation(func)
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            self._suspect(came)
+            raise
+        if func is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001  (the name of the operation)
+            self._suspect(came)
+        outs = tensors_of(out, _written(func, args, kwargs))
+        self._follow(operation, func, before, came, outs)
+        return out
+
+    def _operation(self, func: Any) -> Operation:
+        self._count += 1
+        name = func.overloadpacket.__name__
+        here = spot(self._names, self._outermost)
+        node = torch._C._current_autograd_node()  # noqa: SLF001  (no public name)
+        if node is None or self._recomputes():
+            self._made.setdefault(_sequence_number() - 1, here)
+            return Operation(self._count, name, here)
+        made = self._made.get(node._sequence_nr(), Spot("", "", None))  # noqa: SLF001  (the same)
+        return Operation(self._count, name, made, node.name(), here.line)
+
+    def _recomputes(self) -> bool:
+        """Whether activation checkpointing runs a forward pass again, inside backward."""
+        frame = sys._getframe(2)  # noqa: SLF001  (a public function, despite its name)
+        while frame is not None and frame.f_code is not self._outermost:
+            if frame.f_code.co_filename.endswith(CHECKPOINT):
+                return True
+            frame = frame.f_back  # type: ignore[assignment]  # None at the end
+        return False
+
+    def _follow(self, operation: Operation, func: Any, before: Any, came: list[_Came], outs: list[Tensor]) -> None:
+        args, kwargs = before
+        states = [state(x) for x in outs]
+        bad = [entry for entry in came if entry.state != FINITE or _is_test(entry)]
+        origin, meant = self._cause(bad, max(states, default=FINITE), args, kwargs)
+        if origin is None and not meant and any(states):
+            worst = outs[max(range(len(outs)), key=states.__getitem__)]
+            origin = self._fault(operation, before, func, came, worst)
+        if isinstance(origin, Outside):
+            self._mixes(origin, came)
+        sources = tuple(entry.mark for entry in came if entry.mark is not None)
+        for x, found in zip(outs, states, strict=True):
+            is_test = not is_measurable(x) and bool(bad)
+            self._write(x, operation, sources, origin if found or is_test else None, meant=bool(found) and meant)
+        if operation.name in MULTIPLYING and not operation.node and outs and is_measurable(outs[0]):
+            key = operation.spot.layer or operation.name
+            self._sizes[key] = max(self._sizes.get(key, 0.0), largest(outs[0]))
+
+    def _cause(self, bad: list[_Came], worst: int, args: Any, kwargs: Any) -> tuple[Origin | None, bool]:
+        """What the bad values of the output go back to, and whether they are meant; (None, False) for: to this."""
+        blamed = [entry for entry in bad if entry.mark is not None and entry.mark.origin is not None]
+        if blamed:
+            first = max(blamed, key=lambda entry: (entry.state, -_place(entry.mark)))
+            return first.mark.origin if first.mark else None, False
+        strangers = [entry for entry in bad if entry.state == NAN and not (entry.mark and entry.mark.meant)]
+        if strangers:
+            return _outside("unknown", "", strangers[0].tensor), False
+        return None, worst == INFINITE and (bool(bad) or _has_literal(args, kwargs))
+
+    def _fault(self, operation: Operation, before: Any, func: Any, came: list[_Came], worst: Tensor) -> Fault:
+        args, kwargs = before
+        marks = [entry.mark for entry in came]
+        inputs = zip(tensors_of(args, kwargs), marks, strict=True)  # as they were before a change in place
+        ranges = tuple(measured(x, mark.name if mark else "") for x, mark in inputs)
+        earlier = tuple(_earlier([mark for mark in marks if mark is not None]))
+        sizes = tuple(self._sizes.items())
+        wide = in_float64(func, args, kwargs)
+        return Fault(operation, ranges, scalars_of(args, kwargs), measured(worst), wide, earlier, sizes)
+
+    def _mixes(self, origin: Outside, came: list[_Came]) -> None:
+        """Note what bad values of the batch met first: a parameter of the network, or what it computed."""
+        if origin.kind != "batch" or id(origin) in self._mixed:
+            return
+        met = [entry for entry in came if entry.mark is None or entry.mark.origin is not origin]
+        if any(entry.mark is not None and entry.mark.kind == "parameter" for entry in met):
+            self._mixed[id(origin)] = "parameter"
+        elif any(entry.tensor.requires_grad for entry in met):
+            self._mixed[id(origin)] = "activation"
+
+    def _write(
+        self, x: Tensor, operation: Operation, sources: tuple[_Mark, ...], origin: Origin | None, *, meant: bool
+    ) -> None:
+        if not _has_storage(x):
+            return
+        old = self._mark_of(x)
+        covers = x.numel() * x.element_size() >= x.untyped_storage().nbytes()
+        if old is not None and any(old is source for source in sources):
+            # A view, or a change in place. What it does not cover stays as it was; what it does keeps its name.
+            if covers or origin is not None:
+                old.origin, old.meant = origin, meant
+            if operation.name.endswith("_"):
+                others = (source for source in sources if source is not old)
+                old.sources, old.writer = (replace(old), *others), operation
+            return
+        self._marks[_key(x)] = _Mark(_weakly(x), operation, sources, origin, meant)
+
+    def _mark_of(self, x: Tensor) -> _Mark | None:
+        return self._marks.get(_key(x)) if _has_storage(x) else None
+
+    def _suspect(self, came: list[_Came]) -> None:
+        found = (entry.mark.origin for entry in came if entry.mark and (entry.state != FINITE or _is_test(entry)))
+        self.suspect = next((origin for origin in found if origin is not None), self.suspect)
+
+
+def follow(lineage: Lineage, model: nn.Module) -> None:
+    """Make the parameters and buffers of a model known."""
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for path, x in named:
+            if _has_storage(x) and not is_lazy(x):
+                lineage.enter(kind, plain_name(path), x)
+
+
+def _sequence_number() -> int:
+    """The number that autograd gives to the next node; that of the node of this operation is one less."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]  # noqa: SLF001  (no public name)
+
+
+def _outside(kind: Any, path: str, x: Tensor) -> Outside:
+    return Outside(kind, path, first_bad_index(x) or (), read([census(x)])[0])
+
+
+def _key(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)  # noqa: SLF001  (the identity of a storage has no public name)
+
+
+def _weakly(x: Tensor) -> Any:
+    return StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def _has_storage(x: Tensor) -> bool:
+    dense = x.layout == torch.strided and not x.is_nested and not x.is_meta
+    return dense and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # noqa: SLF001  (no public name)
+
+
+def _is_test(entry: _Came) -> bool:
+    """Whether it tells which values are bad, as ``isnan(x)`` does."""
+    return not is_measurable(entry.tensor) and entry.mark is not None and entry.mark.origin is not None
+
+
+def _place(mark: _Mark | None) -> int:
+    origin = mark.origin if mark else None
+    return origin.operation.place if isinstance(origin, Fault) else -1
+
+
+def _has_literal(args: Any, kwargs: Any) -> bool:
+    return any(not math.isfinite(number) for number in scalars_of(args, kwargs))
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that an operation changes in place."""
+    arguments = func._schema.arguments  # noqa: SLF001  (the schema has no public name)
+    changed = [entry.name for entry in arguments if entry.alias_info is not None and entry.alias_info.is_write]
+    if not changed:
+        return []
+    given = dict(zip((entry.name for entry in arguments), args, strict=False)) | kwargs
+    return tensors_of([given.get(name) for name in changed])
+
+
+def _kept(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments as they are before an operation that changes some of them."""
+    changed = {id(x): x.detach().clone() for x in _written(func, args, kwargs)}
+    if not changed:
+        return args, kwargs
+    keep = torch.utils._pytree.tree_map_only  # noqa: SLF001  (no public name)
+    before: tuple[Any, Any] = keep(Tensor, lambda x: changed.get(id(x), x), (args, kwargs))
+    return before
+
+
+def _earlier(marks: list[_Mark]) -> list[Operation]:
+    """The operations that made some tensors, and those before them, the latest first."""
+    found: dict[int, Operation] = {}
+    queue = list(marks)
+    while queue and len(found) < STEPS_BEFORE:
+        queue.sort(key=lambda mark: mark.writer.place if mark.writer else -1)
+        mark = queue.pop()
+        if mark.writer is None:
+            continue
+        if mark.writer.name not in PLUMBING:
+            found.setdefault(mark.writer.place, mark.writer)
+        queue.extend(source for source in mark.sources if source not in queue)
+    return list(found.values())
