@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, replace
 from types import CodeType
@@ -23,12 +22,15 @@ from lightning_bn.operations import (
     Operation,
     Origin,
     Outside,
+    as_before,
+    has_literal,
     in_float64,
     largest,
     measured,
     scalars_of,
     state,
     tensors_of,
+    written_to,
 )
 from lightning_bn.source import Names, Spot, spot
 from lightning_bn.stats.finite import census, first_bad_index, is_measurable, read
@@ -40,8 +42,14 @@ PLUMBING = frozenset(
     {"clone", "detach", "lift_fresh", "_to_copy", "copy_", "ones_like", "zeros", "zeros_like", "expand"}
 )
 """Operations that move values or fill memory, and explain nothing."""
+TALK = frozenset({"c10d", "_c10d_functional", "c10d_functional", "symm_mem"})
+"""Namespaces of the operations that wait for other processes."""
 CHECKPOINT = "checkpoint.py"
 STEPS_BEFORE = 4
+
+
+class CollectiveError(RuntimeError):
+    """A pass that one rank runs alone would wait for the others."""
 
 
 @dataclass
@@ -75,6 +83,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     Args:
         names: the modules of the model.
         outermost: code of the function that runs the pass; stack frames from there on are not looked at.
+        alone: whether other ranks may not run the same pass: it ends where it would wait for them.
 
     Example:
         >>> with Lineage(Names(nn.Identity())) as lineage:
@@ -83,10 +92,11 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         'log'
     """
 
-    def __init__(self, names: Names, outermost: CodeType | None = None) -> None:
+    def __init__(self, names: Names, outermost: CodeType | None = None, *, alone: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # the same
         self._names = names
         self._outermost = outermost
+        self._alone = alone
         self._marks: dict[int, _Mark] = {}
         self._made: dict[int, Spot] = {}  # by the number that autograd gave the node of a forward operation
         self._sizes: dict[str, float] = {}
@@ -122,8 +132,12 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it did; called by torch."""
         kwargs = kwargs or {}
+        if self._alone and func.namespace in TALK:
+            raise CollectiveError(
+                f"{func.namespace}.{func.overloadpacket.__name__} in a replay that other ranks may not run"
+            )
         came = [_Came(x, state(x), self._mark_of(x)) for x in tensors_of(args, kwargs)]
-        before = _kept(func, args, kwargs)
+        before = as_before(func, args, kwargs)
         operation = self._operation(func)
         try:
             out = func(*args, **kwargs)
@@ -132,7 +146,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             raise
         if func is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001  (the name of the operation)
             self._suspect(came)
-        outs = tensors_of(out, _written(func, args, kwargs))
+        outs = tensors_of(out, written_to(func, args, kwargs))
         self._follow(operation, func, before, came, outs)
         return out
 
@@ -183,7 +197,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         strangers = [entry for entry in bad if entry.state == NAN and not (entry.mark and entry.mark.meant)]
         if strangers:
             return _outside("unknown", "", strangers[0].tensor), False
-        return None, worst == INFINITE and (bool(bad) or _has_literal(args, kwargs))
+        return None, worst == INFINITE and (bool(bad) or has_literal(args, kwargs))
 
     def _fault(self, operation: Operation, before: Any, func: Any, came: list[_Came], worst: Tensor) -> Fault:
         args, kwargs = before
@@ -268,30 +282,6 @@ def _is_test(entry: _Came) -> bool:
 def _place(mark: _Mark | None) -> int:
     origin = mark.origin if mark else None
     return origin.operation.place if isinstance(origin, Fault) else -1
-
-
-def _has_literal(args: Any, kwargs: Any) -> bool:
-    return any(not math.isfinite(number) for number in scalars_of(args, kwargs))
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The arguments that an operation changes in place."""
-    arguments = func._schema.arguments  # noqa: SLF001  (the schema has no public name)
-    changed = [entry.name for entry in arguments if entry.alias_info is not None and entry.alias_info.is_write]
-    if not changed:
-        return []
-    given = dict(zip((entry.name for entry in arguments), args, strict=False)) | kwargs
-    return tensors_of([given.get(name) for name in changed])
-
-
-def _kept(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments as they are before an operation that changes some of them."""
-    changed = {id(x): x.detach().clone() for x in _written(func, args, kwargs)}
-    if not changed:
-        return args, kwargs
-    keep = torch.utils._pytree.tree_map_only  # noqa: SLF001  (no public name)
-    before: tuple[Any, Any] = keep(Tensor, lambda x: changed.get(id(x), x), (args, kwargs))
-    return before
 
 
 def _earlier(marks: list[_Mark]) -> list[Operation]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -190,3 +191,27 @@ def in_float64(func: Callable[..., Any], args: Any, kwargs: Any) -> Literal["fin
     except Exception:  # noqa: BLE001  (an operation without a float64 kernel, or one that takes no such arguments)
         return ""
     return "finite" if all(state(x) == FINITE for x in tensors_of(wide)) else "non-finite"
+
+
+def has_literal(args: Any, kwargs: Any) -> bool:
+    """Whether NaN or an infinity was written out among the numbers of an operation."""
+    return any(not math.isfinite(number) for number in scalars_of(args, kwargs))
+
+
+def written_to(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that an operation changes in place."""
+    arguments = func._schema.arguments  # noqa: SLF001  (the schema has no public name)
+    changed = [entry.name for entry in arguments if entry.alias_info is not None and entry.alias_info.is_write]
+    if not changed:
+        return []
+    given = dict(zip((entry.name for entry in arguments), args, strict=False)) | kwargs
+    return tensors_of([given.get(name) for name in changed])
+
+
+def as_before(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments as they are before an operation that changes some of them."""
+    changed = {id(x): x.detach().clone() for x in written_to(func, args, kwargs)}
+    if not changed:
+        return args, kwargs
+    before: tuple[Any, Any] = _pytree.tree_map_only(Tensor, lambda x: changed.get(id(x), x), (args, kwargs))
+    return before

@@ -60,6 +60,26 @@ def activation_table(layers: Mapping[str, Summary]) -> str:
     return "\n".join(rows)
 
 
+def first_pass_table(layers: Mapping[str, Summary], ends: Mapping[str, float]) -> str:
+    """One row for each layer in the order in which they ran, in markdown.
+
+    Args:
+        layers: summary of each layer's output.
+        ends: largest number of the dtype that each output is held in, by layer.
+
+    Returns:
+        The table; ``range used`` is the largest absolute value as a share of that number. Empty without layers.
+    """
+    if not layers:
+        return ""
+    rows = ["| layer | std | largest abs | range used |", "|---|---:|---:|---:|"]
+    for name, row in layers.items():
+        end = ends.get(name)
+        used = "" if not end or not math.isfinite(row.absmax) else f"{row.absmax / end:.1%}"
+        rows.append(f"| `{name or '(the model)'}` | {row.std:.4g} | {row.absmax:.4g} | {used} |")
+    return "\n".join(rows)
+
+
 def drift_overview(
     since_start: Iterable[tuple[float, float]], since_best: Iterable[tuple[float, float]]
 ) -> dict[str, float]:

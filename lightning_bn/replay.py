@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.lineage import Lineage, follow
+from lightning_bn.lineage import CollectiveError, Lineage, follow
 from lightning_bn.operations import FINITE, Fault, Origin, Outside, state
 from lightning_bn.source import Names
 from lightning_bn.taps import plain_name, tensors_in
@@ -34,6 +34,7 @@ class Replayed:
         parameters: how many such parameters there are.
         without: whether the step is finite with the bad values of the batch replaced by zeros; None if not tried.
         error: the exception that the step raised, in words; empty without.
+        more: further bad tensors of the batch that are to blame like the first.
         also: bad values of the batch that are not to blame, as the step is not finite without them either.
     """
 
@@ -44,6 +45,7 @@ class Replayed:
     parameters: int = 0
     without: bool | None = None
     error: str = ""
+    more: tuple[Outside, ...] = ()
     also: tuple[Outside, ...] = ()
 
 
@@ -103,11 +105,13 @@ def replay(
     step: Step,
     quarantined: Callable[[], AbstractContextManager[Any]],
     run_backward: Callable[[Tensor], Any] | None = None,
+    *,
+    alone: bool = False,
 ) -> Replayed:
     """Run a step in quarantine and follow bad values back to where they came from.
 
-    Where they came from the batch, the step is run once more with zeros in their place: only if that is finite is
-    the batch to blame. The host is read for every operation.
+    Where they came from a tensor of the batch, the step is run once more with zeros in their place: that shows whether
+    this tensor is to blame, another one too, or an operation that has nothing to do with it. The host is read for every operation.
 
     Args:
         model: the network.
@@ -115,17 +119,25 @@ def replay(
         step: runs the batch; see :data:`Step`.
         quarantined: what to run the step in, so that it leaves no trace; entered once or twice.
         run_backward: the backward pass of a loss; None for the forward pass alone.
+        alone: whether other ranks may not do the same.
 
     Returns:
         What was seen. An exception of the step becomes a part of it.
+
+    Raises:
+        CollectiveError: where the pass would wait for ranks that do not run it.
     """
-    seen = _once(model, copied(batch), step, quarantined, run_backward)
-    if not isinstance(seen.origin, Outside) or seen.origin.kind != "batch":
-        return seen
-    again = _once(model, copied(batch, clean=True), step, quarantined, run_backward)
-    if isinstance(again.origin, Fault) and again.phase == seen.phase:
-        return replace(again, also=(seen.origin,))
-    return replace(seen, without=again.phase == "")
+    first = seen = _once(model, copied(batch), step, quarantined, run_backward, alone=alone)
+    blamed: list[Outside] = []
+    while isinstance(seen.origin, Outside) and seen.origin.kind == "batch" and seen.origin not in blamed:
+        blamed.append(seen.origin)
+        clean = frozenset(entry.path for entry in blamed)
+        seen = _once(model, copied(batch, clean), step, quarantined, run_backward, alone=alone)
+    if not blamed:
+        return first
+    if isinstance(seen.origin, Fault) and seen.phase == first.phase:
+        return replace(seen, also=tuple(blamed))
+    return replace(first, more=tuple(blamed[1:]), without=seen.phase == "")
 
 
 def _once(
@@ -134,8 +146,10 @@ def _once(
     step: Step,
     quarantined: Callable[[], AbstractContextManager[Any]],
     run_backward: Callable[[Tensor], Any] | None,
+    *,
+    alone: bool,
 ) -> Replayed:
-    with quarantined(), Lineage(Names(model), _once.__code__) as lineage:
+    with quarantined(), Lineage(Names(model), _once.__code__, alone=alone) as lineage:
         judge = Judge(model, lineage, run_backward)
         follow(lineage, model)
         for path, x in tensors_in(batch, "batch"):
@@ -145,6 +159,8 @@ def _once(
                 step(batch, judge)
         except _Found as found:
             return found.seen
+        except CollectiveError:
+            raise
         except Exception as error:  # noqa: BLE001  (the step's own, which is what may have to be explained)
             return _broken(error, lineage, judge.loss)
         return Replayed(None, "", judge.loss)
@@ -156,18 +172,18 @@ def _broken(error: Exception, lineage: Lineage, loss: float | None) -> Replayed:
     return Replayed(suspect, "exception" if suspect is not None else "", loss, error=words)
 
 
-def copied(batch: Any, *, clean: bool = False) -> Any:
+def copied(batch: Any, clean: Collection[str] = ()) -> Any:
     """A batch with copies of its tensors.
 
     Args:
         batch: any nested container that :func:`copy.deepcopy` can copy.
-        clean: whether zeros take the place of NaN and infinity.
+        clean: paths of the tensors in which zeros take the place of NaN and infinity, such as ``batch[0]``.
 
     Raises:
         TypeError: where the batch cannot be copied.
     """
     # A deep copy of a slice would take the whole tensor along, and one of a tensor with a graph fails.
-    memo = {id(x): _twin(x, clean=clean) for _, x in tensors_in(batch)}
+    memo = {id(x): _twin(x, clean=path in clean) for path, x in tensors_in(batch, "batch")}
     try:
         return copy.deepcopy(batch, memo)
     except Exception as error:

@@ -38,6 +38,28 @@ def check_interval(name: str, value: object, *, default: str) -> int | None:
     return value
 
 
+def check_count(name: str, value: object) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def check_flag(name: str, value: object) -> bool:
+    """True or False.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")  # noqa: TRY004  (as all arguments of ours)
+    return value
+
+
 def check_strings(name: str, value: object) -> tuple[str, ...] | None:
     """One string or several, or None.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -93,6 +93,9 @@ class Monitor(Identity, _Callback):
         ignore: slugs of rules that are not to be reported.
     """
 
+    stages: ClassVar[frozenset[str]] = frozenset({"fit"})
+    """What the trainer may be asked to do for this monitor to have something to watch."""
+
     def __init__(self, *, ignore: list[str] | None = None) -> None:
         self.ignore = check_rules("ignore", ignore)
         self.findings: list[Finding] = []
@@ -111,7 +114,7 @@ class Monitor(Identity, _Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the findings file of this run; called by Lightning."""
         self.take_place(callbacks_of(trainer))
-        if stage == "fit":
+        if stage in self.stages:
             self.off = False
             self._begin(trainer)
 

@@ -97,7 +97,8 @@ def retrace(
         if loss is not None and (not trains or pl_module.automatic_optimization):
             judge(loss / divisor if divisor != 1 else loss)
 
-    return replay(pl_module, case.batch, step, quarantined, pl_module.backward if backward and trains else None)
+    run_backward = pl_module.backward if backward and trains else None
+    return replay(pl_module, case.batch, step, quarantined, run_backward, alone=trainer.world_size > 1)
 
 
 def loss_of(output: Any) -> Tensor | None:

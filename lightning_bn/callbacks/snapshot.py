@@ -6,11 +6,57 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+
+@dataclass
+class Streams:
+    """Where the global random streams stood.
+
+    Args:
+        cpu: torch's own, of the CPU, as ``torch.get_rng_state`` gives it.
+        cuda: that of the model's GPU; None without one.
+        python: that of ``random``; None where no step draws from it.
+        numpy: that of ``numpy.random``; the same.
+    """
+
+    cpu: Tensor | None = None
+    cuda: Tensor | None = None
+    python: Any = None
+    numpy: Any = None
+
+    def rewind(self, device: torch.device | None) -> None:
+        """Set the streams to where they stood; for use in a quarantine, which sets them forward again."""
+        if self.cpu is not None:
+            torch.set_rng_state(self.cpu)
+        if self.cuda is not None and device is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+        if self.python is not None:
+            random.setstate(self.python)
+        if self.numpy is not None and "numpy.random" in sys.modules:
+            sys.modules["numpy.random"].set_state(self.numpy)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Tensors, numbers and plain containers."""
+        numpy = None
+        if self.numpy is not None and "key" in self.numpy["state"]:
+            numpy = {**self.numpy, "state": {**self.numpy["state"], "key": self.numpy["state"]["key"].tolist()}}
+            numpy["state"]["pos"] = int(numpy["state"]["pos"])
+        return {"cpu": self.cpu, "cuda": self.cuda, "python": self.python, "numpy": numpy}
+
+    @classmethod
+    def from_plain(cls, row: dict[str, Any]) -> Streams:
+        """What :meth:`to_plain` gave."""
+        numpy = row["numpy"]
+        if numpy is not None and "numpy" in sys.modules:
+            key = sys.modules["numpy"].array(numpy["state"]["key"], dtype="uint32")
+            numpy = {**numpy, "state": {**numpy["state"], "key": key}}
+        return cls(row["cpu"], row["cuda"], row["python"], numpy)
 
 
 class Snapshot:
@@ -31,18 +77,17 @@ class Snapshot:
         self._kept: list[Tensor | None] = [None] * len(self._entries)
         self._versions = [-1] * len(self._entries)
         self._uses_python = self._uses_numpy = True
-        self.torch: Tensor | None = None
-        self.cuda: Tensor | None = None
-        self.python: Any = None
-        self.numpy: Any = None
+        self.streams = Streams()
 
     def take(self) -> None:
         """Remember the present state; called before each step."""
-        self.torch = torch.get_rng_state()
         device = self._cuda_device()
-        self.cuda = None if device is None else torch.cuda.get_rng_state(device)
-        self.python = random.getstate() if self._uses_python else None
-        self.numpy = _numpy_state() if self._uses_numpy else None
+        self.streams = Streams(
+            torch.get_rng_state(),
+            None if device is None else torch.cuda.get_rng_state(device),
+            random.getstate() if self._uses_python else None,
+            _numpy_state() if self._uses_numpy else None,
+        )
         changed = [
             place
             for place, (x, version) in enumerate(self._now())
@@ -53,9 +98,9 @@ class Snapshot:
 
     def notice(self) -> None:
         """Find out which streams a step draws from; called in a step whose start kept them all."""
-        self._uses_python = self.python is not None and random.getstate() != self.python
-        now = _numpy_state()
-        self._uses_numpy = self.numpy is not None and now is not None and not _same(now, self.numpy)
+        then, now = self.streams, _numpy_state()
+        self._uses_python = then.python is not None and random.getstate() != then.python
+        self._uses_numpy = then.numpy is not None and now is not None and not _same(now, then.numpy)
 
     def look_closer(self) -> None:
         """Keep all streams of the next step, for :meth:`notice`."""
@@ -71,15 +116,7 @@ class Snapshot:
 
     def rewind(self) -> None:
         """Set the random streams to where they stood; for use in a quarantine, which sets them forward again."""
-        if self.torch is not None:
-            torch.set_rng_state(self.torch)
-        device = self._cuda_device()
-        if self.cuda is not None and device is not None:
-            torch.cuda.set_rng_state(self.cuda, device)
-        if self.python is not None:
-            random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy.random"].set_state(self.numpy)
+        self.streams.rewind(self._cuda_device())
 
     def buffers(self) -> dict[str, Tensor]:
         """Copies of the remembered buffers by path."""

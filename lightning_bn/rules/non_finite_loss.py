@@ -40,15 +40,20 @@ def non_finite_loss(loss: Census, *, heard: int, arrived: str | None, unseen: Ma
     return Finding(RULE, Severity.ERROR, f"the loss is {kind}; {place}", advice, data=data)
 
 
-def untraced_loss(loss: float) -> Finding:
+def untraced_loss(loss: float, name: str = "") -> Finding:
     """Report a loss whose bad values no operation that was watched has made.
 
     Args:
         loss: NaN or infinite.
+        name: the name that a validation or test step logged it under, where it is known by that alone.
 
     Returns:
         An ``error``.
     """
+    if name:
+        evidence = f"{name} is {loss:g} over the whole loop; in which batch is not known, as the step returns no loss"
+        advice = "return the loss from this step too, so that the batch and the operation can be found"
+        return Finding(RULE, Severity.ERROR, evidence, advice, data={"loss": loss, "name": name})
     evidence = f"the loss is {loss:g}; a replay of the step saw it, but no operation of torch that made it"
     advice = "look for what torch does not see: numpy, a compiled extension, memory that was never written"
     return Finding(RULE, Severity.ERROR, evidence, advice, data={"loss": loss})

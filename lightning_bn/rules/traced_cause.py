@@ -33,18 +33,17 @@ def traced_cause(seen: Replayed, history: History) -> list[Finding]:
     Returns:
         The findings; none where the replay was finite, or where it cannot be told where bad values came from.
     """
+    causes: list[Finding | None] = []
     if isinstance(seen.origin, Outside) and seen.origin.kind != "unknown":
-        cause = _outside(seen, seen.origin, history)
+        causes = [_outside(seen, origin, history) for origin in (seen.origin, *seen.more)]
     elif isinstance(seen.origin, Fault):
-        cause = _operation(seen, seen.origin, history)
+        causes = [_operation(seen, seen.origin, history)]
     elif seen.phase == "gradient":
-        cause = invalid_gradient(None, parameter=seen.parameter, parameters=seen.parameters, loss=seen.loss)
+        causes = [invalid_gradient(None, parameter=seen.parameter, parameters=seen.parameters, loss=seen.loss)]
     elif seen.phase == "loss" and seen.loss is not None:
-        cause = untraced_loss(seen.loss)
-    else:
-        cause = None
+        causes = [untraced_loss(seen.loss)]
     notes = [non_finite_input(entry.path, entry.index, entry.seen, spread=False) for entry in seen.also]
-    return [finding for finding in (cause, *notes) if finding is not None]
+    return [finding for finding in (*causes, *notes) if finding is not None]
 
 
 def outcome(seen: Replayed) -> str:
@@ -69,6 +68,8 @@ def _operation(seen: Replayed, fault: Fault, history: History) -> Finding:
         return at_start or overflow_by_range(fault, after=after)
     if fault.operation.node:
         return invalid_gradient(fault, parameter=seen.parameter, parameters=seen.parameters, loss=seen.loss)
+    if seen.phase == "gradient":
+        after = f"something behind it masks these values in the loss, but not in the gradients: {after}"
     course = history.describe() if history.rose else ""
     return invalid_operation(fault, after=f"{after}; {course}" if course else after)
 

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guard does with a bad step: agree on it with all ranks, report it, act."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_bn.callbacks.base import Monitor, epoch_of, gather_objects, print_above_bar, shielded, step_of
+from lightning_bn.callbacks.black_box import pack, write_case
+from lightning_bn.callbacks.first_look import FirstLook
+from lightning_bn.callbacks.inquest import Course, Verdict, inquire, statistics_faults
+from lightning_bn.callbacks.retrace import Case
+from lightning_bn.callbacks.snapshot import Snapshot
+from lightning_bn.callbacks.watch import LossReader, are_bad, statistics_in
+from lightning_bn.findings import Finding, NonFiniteError, Severity
+from lightning_bn.rules.not_watched import not_watched
+from lightning_bn.sinks import FOLDER, console_text
+from lightning_bn.taps import listen
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+Action = Literal["raise", "stop", "warn", "skip"]
+NOTHING = Verdict([], conclusive=False)
+MOST_INQUESTS = 20
+"""Replays in one fit: a run that goes on over NaN after NaN is not slowed down for ever."""
+
+
+@dataclass
+class Watch:
+    """What a guard knows of a fit in progress.
+
+    Args:
+        case: the step in progress; None between steps, and behind the update of the weights.
+        snapshot: buffers and random streams before it.
+        look: the full look at the first pass, while it lasts.
+        drops_update: whether the optimizer step of this window is dropped.
+        is_bad: whether the present batch was judged bad.
+        was_bad: whether the last one was.
+        inquests: how many replays there were.
+        skipped: how many steps were dropped in a row.
+        pending: what this rank found and the others do not know yet.
+        spared: BatchNorm layers whose statistics were bad before anything ran.
+    """
+
+    case: Case | None = None
+    snapshot: Snapshot | None = None
+    look: FirstLook | None = None
+    loss: LossReader = field(default_factory=LossReader)
+    course: Course = field(default_factory=Course)
+    awaits_verdict: bool = False
+    drops_update: bool = False
+    is_bad: bool = False
+    was_bad: bool = False
+    inquests: int = 0
+    skipped: int = 0
+    pending: list[Verdict] = field(default_factory=list)
+    spared: frozenset[str] = frozenset()
+    statistics: list[Tensor] = field(default_factory=list)
+
+
+class Guard(Monitor):
+    """Reports what is not finite and acts upon it.
+
+    Args:
+        action: what to do about a fault.
+        max_skips: how many steps in a row may be dropped.
+        save_batch: whether the batch that did it is kept.
+        ignore: slugs of rules that are not to be reported.
+    """
+
+    def __init__(self, action: Action, *, max_skips: int, save_batch: bool, ignore: list[str] | None) -> None:
+        super().__init__(ignore=ignore)
+        self.action: Action = action
+        self.max_skips = max_skips
+        self.save_batch = save_batch
+        self._watch = Watch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what belongs to a fit in progress."""
+        return {**super().__getstate__(), "_watch": Watch()}
+
+    def _listen_to(self, look: FirstLook) -> None:
+        self.live.hooks.close()
+        self._watch.look = look
+        self.live.hooks.enter_context(listen(look.layers, self._hear, self._expect))
+
+    @shielded
+    def _expect(self, name: str, module: torch.nn.Module, inputs: Any) -> None:
+        if self._watch.look is not None:
+            self._watch.look.expect(name, module, inputs)
+
+    @shielded
+    def _hear(self, name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if self._watch.look is not None:
+            self._watch.look.hear(name, module, inputs, output)
+
+    def _meet(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict | None, *, together: bool) -> None:
+        """Deal with a bad step: at once, where all ranks are here or there is one, else when they meet."""
+        self._watch.is_bad = True
+        if together or trainer.world_size == 1:
+            self._settle(trainer, pl_module, verdict or NOTHING)
+        elif verdict is not None:
+            self._watch.pending.append(verdict)
+
+    def _inquire(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor | None, *, backward: bool
+    ) -> Verdict | None:
+        watch = self._watch
+        # Weights that a bad update has spoilt make every later step bad: that was said when it began.
+        spoilt = watch.was_bad and self.action != "skip"
+        if watch.case is None or spoilt or watch.inquests >= MOST_INQUESTS:
+            return None
+        watch.inquests += 1
+        return self._hold_inquest(trainer, pl_module, watch.case, loss, backward)
+
+    @shielded
+    def _hold_inquest(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        case: Case,
+        loss: Tensor | None,
+        backward: bool,  # noqa: FBT001
+    ) -> Verdict:
+        return inquire(trainer, pl_module, case, self._watch.course, loss=loss, backward=backward)
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        """Put together what all ranks found, report it and act; a collective."""
+        # Outside the shield: a rank whose guard failed still takes part in what all ranks do together.
+        by_rank = gather_objects(trainer, [*self._watch.pending, verdict])
+        self._watch.pending = []
+        conclusive = any(entry.conclusive for entries in by_rank for entry in entries)
+        stamp: dict[str, Any] = {"step": step_of(trainer), "epoch": epoch_of(trainer)}
+        found: list[Finding] = []
+        guilty: set[int] = set()
+        for rank, entries in enumerate(by_rank):
+            told = [entry for entry in entries if entry.conclusive or not conclusive]
+            for finding in (finding for entry in told for finding in entry.findings if finding.rule not in self.ignore):
+                data = {**finding.data, "rank": rank} if len(by_rank) > 1 else finding.data
+                found.append(replace(finding, **stamp, data=data))
+                guilty.update({rank} if finding.severity is Severity.ERROR else ())
+        self._tell(found)
+        errors = [finding for finding in found if finding.severity is Severity.ERROR]
+        if errors and self.save_batch and trainer.global_rank in guilty:
+            self._save(trainer, pl_module)
+        self._act(trainer, errors)
+
+    @shielded
+    def _tell(self, found: list[Finding]) -> None:
+        for finding in found:
+            self.emit(finding)
+
+    def _act(self, trainer: Trainer, errors: list[Finding]) -> None:
+        watch = self._watch
+        if errors and self.action == "raise":
+            self._undo()
+            raise NonFiniteError("\n".join(map(console_text, errors)), errors)
+        if errors and self.action == "stop":
+            trainer.should_stop = True
+            watch.drops_update = True
+        if watch.is_bad and self.action == "skip" and (errors or watch.inquests >= MOST_INQUESTS):
+            watch.drops_update = True
+            watch.skipped += 1
+            if watch.skipped > self.max_skips:
+                self._undo()
+                said = "\n".join(map(console_text, errors)) or "see the findings before"
+                raise NonFiniteError(f"{watch.skipped} steps in a row were not finite; the last:\n{said}", errors)
+
+    @shielded
+    def _undo(self) -> None:
+        """Give the buffers the values that they had before the batch."""
+        if self._watch.snapshot is not None and self._watch.is_bad:
+            self._watch.snapshot.put_back()
+
+    @shielded
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        case = self._watch.case
+        if case is None:
+            return
+        folder = self.live.file.path.rpartition("/")[0]
+        path = f"{folder}/batch_step{step_of(trainer)}_rank{trainer.global_rank}.pt"
+        try:
+            write_case(path, pack(trainer, pl_module, case))
+        except Exception as error:  # noqa: BLE001  (a batch of another class, a full disk: the report must still come)
+            self.emit(not_watched(f"the batch in {FOLDER}/", f"it was not saved: {error}"), any_rank=True)
+            return
+        print_above_bar(trainer, f"lightning_bn: the batch is in {path}")
+
+    def _statistics_are_bad(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge running statistics, and let the ranks meet; a collective where there are several."""
+        found = self._look_at_statistics(pl_module) or []
+        pending = bool(found or self._watch.pending)
+        if trainer.world_size > 1:
+            pending = trainer.strategy.reduce_boolean_decision(pending, all=False)
+        if pending:
+            self._settle(trainer, pl_module, Verdict(found, conclusive=True))
+
+    @shielded
+    def _look_at_statistics(self, pl_module: LightningModule) -> list[Finding]:
+        tensors = statistics_in(pl_module)
+        return statistics_faults(pl_module, self._watch.spared) if tensors and are_bad(tensors) else []
