@@ -111,7 +111,8 @@ def replay(
     """Run a step in quarantine and follow bad values back to where they came from.
 
     Where they came from a tensor of the batch, the step is run once more with zeros in their place: that shows whether
-    this tensor is to blame, another one too, or an operation that has nothing to do with it. The host is read for every operation.
+    this tensor is to blame, another one too, or an operation that has nothing to do with it. The host is read for
+    every operation.
 
     Args:
         model: the network.

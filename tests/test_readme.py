@@ -30,7 +30,7 @@ def test_the_readmes_python_finds_its_planted_fault(tmp_path):
     assert sum(bool(line.strip()) for line in block.splitlines()) == 10
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "NonFiniteError: lightning_bn error: non-finite-output net.2.act1" in done.stderr
+    assert "NonFiniteError: lightning_bn error: invalid-operation net.2.act1" in done.stderr
     (finding,) = read_findings(tmp_path / "lightning_logs" / "version_0")
     assert finding.layer == "net.2.act1"
 

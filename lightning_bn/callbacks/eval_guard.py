@@ -85,6 +85,8 @@ class EvalGuard(Guard):
 
     @shielded
     def _begin_evaluation(self, pl_module: LightningModule, case: Case) -> None:
+        if self._spoilt:
+            return
         self._eval_case = case
         if case.batch_idx == 0:
             self._told = False

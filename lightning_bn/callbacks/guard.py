@@ -107,13 +107,16 @@ class Guard(Monitor):
         elif verdict is not None:
             self._watch.pending.append(verdict)
 
+    @property
+    def _spoilt(self) -> bool:
+        """Whether a bad update has spoilt the weights: every later step is bad, as was said when it began."""
+        return self._watch.was_bad and self.action == "warn"
+
     def _inquire(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor | None, *, backward: bool
     ) -> Verdict | None:
         watch = self._watch
-        # Weights that a bad update has spoilt make every later step bad: that was said when it began.
-        spoilt = watch.was_bad and self.action != "skip"
-        if watch.case is None or spoilt or watch.inquests >= MOST_INQUESTS:
+        if watch.case is None or self._spoilt or watch.inquests >= MOST_INQUESTS:
             return None
         watch.inquests += 1
         return self._hold_inquest(trainer, pl_module, watch.case, loss, backward)
@@ -202,5 +205,7 @@ class Guard(Monitor):
 
     @shielded
     def _look_at_statistics(self, pl_module: LightningModule) -> list[Finding]:
+        if self._spoilt:
+            return []
         tensors = statistics_in(pl_module)
         return statistics_faults(pl_module, self._watch.spared) if tensors and are_bad(tensors) else []

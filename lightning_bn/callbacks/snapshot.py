@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+SMALL = 1 << 16
+"""Number of elements up to which a buffer is copied at each step."""
+
 
 @dataclass
 class Streams:
@@ -62,8 +65,9 @@ class Streams:
 class Snapshot:
     """Remember the state before the present batch, so that its step can be run again, or undone.
 
-    A buffer is copied only where it was written to since the last time. The streams of ``random`` and ``numpy`` are
-    kept only while steps draw from them, which :meth:`notice` finds out: reading numpy's takes as long as a small
+    A large buffer is copied only where it was written to since the last time; small ones always are, since BatchNorm
+    writes its running statistics without telling autograd's version counter. The streams of ``random`` and ``numpy``
+    are kept only while steps draw from them, which :meth:`notice` finds out: reading numpy's takes as long as a small
     network's optimizer step. Parameters are not copied: a step is looked into before they change.
 
     Args:
@@ -88,11 +92,7 @@ class Snapshot:
             random.getstate() if self._uses_python else None,
             _numpy_state() if self._uses_numpy else None,
         )
-        changed = [
-            place
-            for place, (x, version) in enumerate(self._now())
-            if self._versions[place] != version or x is not self._live[place]
-        ]
+        changed = [place for place, (x, version) in enumerate(self._now()) if self._may_have_changed(place, x, version)]
         if changed:
             self._copy(changed)
 
@@ -127,6 +127,10 @@ class Snapshot:
             for key in module._buffers  # noqa: SLF001  (the same)
         }
         return {path: kept.clone() for path, kept in found.items() if kept is not None}
+
+    def _may_have_changed(self, place: int, x: Tensor | None, version: int) -> bool:
+        small = x is not None and not is_lazy(x) and x.numel() <= SMALL
+        return small or self._versions[place] != version or x is not self._live[place]
 
     def _now(self) -> Iterator[tuple[Tensor | None, int]]:
         for module, key in self._entries:

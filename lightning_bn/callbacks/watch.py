@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_bn.norms import find_batchnorm
+from lightning_bn.stats.finite import census, read
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -109,9 +110,9 @@ def learning_rates(trainer: Trainer) -> list[float]:
 
 
 def largest_weight(pl_module: LightningModule) -> float | None:
-    """Largest absolute value of all parameters, infinities included; reads the host. None where it is not known."""
-    found = [_local(x.detach()).abs().max() for x in pl_module.parameters() if _is_dense(x) and x.numel()]
-    return max((float(x) for x in found), default=None)
+    """Largest finite absolute value of all parameters; reads the host. None where there are none to look at."""
+    found = read([census(x) for x in pl_module.parameters() if _is_dense(x)])
+    return max((row.largest for row in found), default=None)
 
 
 def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -94,7 +94,7 @@ def test_the_trainer_of_pytorch_lightning_runs_them(tmp_path):
         callbacks=[WeightInit(), NaNGuard("warn"), ActivationMonitor(), BatchNormMonitor()],
     )
     trainer.fit(Other(), loader())
-    assert {finding.rule for finding in read_findings(trainer.log_dir)} >= {"non-finite-output"}
+    assert {finding.rule for finding in read_findings(trainer.log_dir)} >= {"invalid-operation"}
 
 
 @pytest.mark.parametrize("place", ["forward hook", "batch end"])
@@ -126,9 +126,9 @@ def test_a_findings_file_that_cannot_be_written_stops_nothing(make_trainer, tmp_
     """Where the directory is in the way the finding is printed and kept, and the guard still raises."""
     (tmp_path / "lightning_bn").write_text("in the way")
     guard = NaNGuard()
-    with pytest.raises(RuntimeError, match="non-finite-output"):
+    with pytest.raises(RuntimeError, match="invalid-operation"):
         make_trainer(guard, logger=False).fit(Healthy(with_module(LogOfNegative())), loader())
-    assert [finding.rule for finding in guard.findings] == ["non-finite-output"]
+    assert [finding.rule for finding in guard.findings] == ["invalid-operation"]
     assert "cannot be written" in capsys.readouterr().err
 
 
@@ -244,7 +244,7 @@ def test_the_console_shows_every_finding_whole_under_every_bar(make_trainer, cap
     make_trainer(*callbacks, **options).fit(Healthy(with_module(LogOfNegative())), loader(), loader())
     shown = capsys.readouterr()
     lines = [line.strip() for line in re.split(r"[\r\n]", shown.out + shown.err)]
-    assert sum(line.startswith("lightning_bn error: non-finite-output net.2 (epoch 0, step 0)") for line in lines) == 1
+    assert sum(line.startswith("lightning_bn error: invalid-operation net.2 (epoch 0, step 0)") for line in lines) == 1
     assert sum(line.startswith("lightning_bn info: not-watched") for line in lines) >= 1
     assert sum(line.startswith("lightning_bn: 1 error") for line in lines) == 1
 

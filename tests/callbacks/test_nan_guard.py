@@ -60,7 +60,13 @@ FAULTS = {
     "NaN in the batch": (lambda: Healthy(), plant(float("nan")), "non-finite-input", None, "batch[0], sample 5"),
     "+inf in the batch": (lambda: Healthy(), plant(float("inf")), "non-finite-input", None, "batch[0], sample 5"),
     "NaN weight": (lambda: Healthy(nan_weight()), None, "non-finite-parameter", "net.3", "net.3.weight"),
-    "module": (lambda: Healthy(with_module(LogOfNegative())), None, "invalid-operation", "net.2", "torch.log(-x.abs() - 1)"),
+    "module": (
+        lambda: Healthy(with_module(LogOfNegative())),
+        None,
+        "invalid-operation",
+        "net.2",
+        "torch.log(-x.abs() - 1)",
+    ),
     "between two modules": (
         lambda: Healthy(with_module(BetweenModules())),
         None,
