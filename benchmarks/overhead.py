@@ -5,8 +5,8 @@ Run:     python benchmarks/overhead.py [--steps 60] [--rounds 7]
          OMP_NUM_THREADS=1 python benchmarks/overhead.py --only nan_guard [--device cuda] [--rounds 21]
 Output:  a markdown table: median over the rounds of (time with monitors) / (time without), with the smallest and the
          largest ratio. The first row pairs plain training with itself: what it differs from 1 by is noise.
-         With --only, the guard comes and goes in one and the same fit, a few steps at a time, and a second table
-         counts the values that it brings to the host.
+         With --only, the monitor comes and goes in one and the same fit, a few steps at a time; two more tables say
+         how long its hooks take, and count the values that it brings to the host in a step.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass, field
-from statistics import median, quantiles
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
-from networks import ON_CPU, ON_GPU, Subject
+from networks import ON_CPU, ON_GPU, Subject, Switch, fit, present
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard
@@ -44,12 +45,16 @@ MONITORS: dict[str, Callable[[], list[Callback]]] = {
     "BatchNormMonitor, every step": lambda: [BatchNormMonitor(every_n_steps=1)],
 }
 ONLY: dict[str, Callable[[], Callback]] = {"nan_guard": NaNGuard}
+HOOKS = (
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
 READS = ("_local_scalar_dense", "equal", "nonzero")
 MOVES = ("_to_copy", "copy_")
 COUNTED = 12
-
-Variant = AbstractContextManager[object]
-"""What is there in some blocks of steps and not in the others; entered once for each such block."""
 
 
 class Clock(Callback):
@@ -71,123 +76,22 @@ class Clock(Callback):
         self.seconds = (time.perf_counter() - self.started) / (trainer.global_step - self.warm_up)
 
 
-class Idle(Callback):
-    """Does nothing, in the hooks of a training step: what it costs is Lightning's."""
-
-    def on_train_batch_start(self, *_: object) -> None:
-        """Nothing."""
-
-    def on_before_backward(self, *_: object) -> None:
-        """Nothing."""
-
-    def on_after_backward(self, *_: object) -> None:
-        """Nothing."""
-
-    def on_before_optimizer_step(self, *_: object) -> None:
-        """Nothing."""
-
-    def on_train_batch_end(self, *_: object) -> None:
-        """Nothing."""
+Idle = type("Idle", (Callback,), {hook: lambda *_: None for hook in HOOKS})
+"""Does nothing, in the hooks of a training step: what it costs is Lightning's."""
 
 
-@dataclass
-class Pairs:
-    """Seconds of a step, round by round: without a variant, and with it."""
+def timed(callback: Callback) -> dict[str, list[float]]:
+    """Let a callback note the seconds of each call of its hooks."""
+    spent: dict[str, list[float]] = defaultdict(list)
 
-    plain: list[float] = field(default_factory=list)
-    with_it: list[float] = field(default_factory=list)
+    def call(hook: str, inner: Callable[..., None], *args: Any) -> None:
+        started = time.perf_counter()
+        inner(*args)
+        spent[hook].append(time.perf_counter() - started)
 
-    def row(self) -> str:
-        """Plain step, extra time, ratio, the middle half and the range of the ratios, as cells of a table."""
-        ratios = [b / a for a, b in zip(self.plain, self.with_it, strict=True)]
-        extra = median(b - a for a, b in zip(self.plain, self.with_it, strict=True))
-        low, _, high = quantiles(ratios, n=4)
-        shown = f"{1e3 * median(self.plain):.2f} ms | {1e6 * extra:+.0f} µs | {median(ratios):.3f}"
-        return f"{shown} | {low:.3f} to {high:.3f} | {min(ratios):.3f} to {max(ratios):.3f}"
-
-
-class Switch(Callback):
-    """Lets variants come and go within one fit: without, with, with, without, a block of steps each.
-
-    Args:
-        variants: makes the block of each variant anew; the trainer's callbacks may be changed in it.
-        block: steps in a block.
-        rounds: how often all variants take their turn.
-        warm_up: steps before the first block, which run with every callback that the trainer was given.
-    """
-
-    def __init__(
-        self, variants: Mapping[str, Callable[[Trainer], Variant]], *, block: int, rounds: int, warm_up: int = 5
-    ) -> None:
-        self.pairs = {name: Pairs() for name in variants}
-        self._variants = variants
-        turns = [(name, there) for _ in range(rounds) for name in variants for there in (False, True, True, False)]
-        self._turns = iter(turns)
-        self._now: tuple[str, bool] | None = None
-        self._open: Variant = nullcontext()
-        self._block, self._left = block, warm_up
-        self._spent: list[float] = []
-        self._started = 0.0
-
-    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        """Count, and switch at the end of a block; the last callback of the trainer, so that all others are done."""
-        self._left -= 1
-        if self._left:
-            return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._note(time.perf_counter() - self._started)
-        self._open.__exit__(None, None, None)
-        self._now = next(self._turns, None)
-        if self._now is None:
-            trainer.should_stop = True
-            return
-        name, there = self._now
-        trainer.callbacks = [self]  # type: ignore[attr-defined]  # declared nowhere
-        self._open = self._variants[name](trainer) if there else nullcontext()
-        self._open.__enter__()
-        self._left = self._block
-        self._started = time.perf_counter()
-
-    def _note(self, seconds: float) -> None:
-        if self._now is None:
-            return
-        self._spent.append(seconds / self._block)
-        if len(self._spent) == 4:  # noqa: PLR2004  (without, with, with, without)
-            first, second, third, last = self._spent
-            self.pairs[self._now[0]].plain.append((first + last) / 2)
-            self.pairs[self._now[0]].with_it.append((second + third) / 2)
-            self._spent = []
-
-
-def present(callback: Callback) -> Callable[[Trainer], Variant]:
-    """A variant: one more callback."""
-
-    @contextmanager
-    def there(trainer: Trainer) -> Iterator[None]:
-        trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]  # the same
-        yield
-
-    return there
-
-
-def fit(subject: Subject, callbacks: list[Callback], device: str, **options: Any) -> None:
-    """Train a network on one batch, over and over."""
-    seed_everything(1, verbose=False)
-    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-        trainer = Trainer(
-            accelerator=device,
-            devices=1,
-            precision="bf16-mixed" if device == "cuda" else "32-true",
-            logger=False,
-            default_root_dir=folder,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            callbacks=callbacks,
-            **{"max_epochs": 1, **options},
-        )
-        trainer.fit(subject.model(), subject.loader())
+    for hook in HOOKS:
+        setattr(callback, hook, partial(call, hook, getattr(callback, hook)))
+    return spent
 
 
 class Reads(TorchDispatchMode):
@@ -256,21 +160,91 @@ def host_reads(subject: Subject, callbacks: list[Callback], device: str) -> list
 
 
 def only(name: str, device: str, rounds: int) -> None:
-    """Measure one monitor closely, and print both tables."""
+    """Measure one monitor closely, and print three tables."""
     subjects = ON_GPU if device == "cuda" else ON_CPU
-    columns = "plain step | more | extra | x plain | middle half | range"
-    print(f"| network | with | {columns} |\n|---|---|---:|---:|---:|---|---|".replace("more | ", ""))
+    hooks = {}
+    print("| network | with | plain step | extra | x plain | middle half | range |\n|---|---|---:|---:|---:|---|---|")
     for network, subject in subjects.items():
         monitor, idle = ONLY[name](), Idle()
+        hooks[network] = timed(monitor)
         variants = {"nothing (noise)": lambda _: nullcontext(), "an empty callback": present(idle)}
         switch = Switch({**variants, name: present(monitor)}, block=subject.block, rounds=rounds)
         fit(subject, [monitor, idle, switch], device)
         for variant, pairs in switch.pairs.items():
             print(f"| {network}, batch {subject.batch} | {variant} | {pairs.row()} |", flush=True)
-    print("\n| host reads of a step, beyond plain | forward pass | rest | forward pass, due | rest, due |")
-    print("|---|---:|---:|---:|---:|")
+    print(f"\n| µs in {name} | {' | '.join(HOOKS)} | all |\n|---|{'---:|' * (len(HOOKS) + 1)}")
+    for network, spent in hooks.items():
+        each = [1e6 * median(spent[hook]) for hook in HOOKS]
+        print(f"| {network} | {' | '.join(f'{value:.0f}' for value in [*each, sum(each)])} |")
+    print_reads(name, subjects, device)
+
+
+def print_reads(name: str, subjects: dict[str, Subject], device: str) -> None:
+    """Count what a monitor brings to the host in a step, beyond what plain training does."""
+    print("\n| host reads of a step | forward pass | rest | forward pass, due | rest, due |\n|---|---:|---:|---:|---:|")
     for network, subject in subjects.items():
         plain, watched = (host_reads(subject, made, device) for made in ([], [ONLY[name]()]))
         beyond = [[b - a for a, b in zip(*both, strict=True)] for both in zip(plain, watched, strict=True)]
         usual, due = beyond[COUNTED // 2], beyond[-1]
         print(f"| {network} | {usual[0]} | {usual[1]} | {due[0]} | {due[1]} |", flush=True)
+
+
+def seconds_per_step(build: Callable[[], LightningModule], monitors: list[Callback], steps: int) -> float:
+    """Mean duration of a training step."""
+    seed_everything(1, verbose=False)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=-1,
+            max_steps=steps + Clock.warm_up,
+            limit_val_batches=0,
+            logger=TensorBoardLogger(folder),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            callbacks=[*monitors, clock],
+        )
+        trainer.fit(build(), datamodule=DigitsData())
+    return clock.seconds
+
+
+def everything(rounds: int, steps: int) -> None:
+    """Measure every network with every set of monitors, and print the table."""
+    print("| network | plain step | monitors | x plain | range |\n|---|---:|---|---:|---:|")
+    for network, build in NETWORKS.items():
+        for name, monitors in MONITORS.items():
+            plain, ratios = [], []
+            with redirect_stderr(io.StringIO()):  # the monitors' findings
+                for _ in range(rounds):
+                    plain.append(seconds_per_step(build, [], steps))
+                    ratios.append(seconds_per_step(build, monitors(), steps) / plain[-1])
+            row = f"| {network} | {1e3 * median(plain):.1f} ms | {name} | {median(ratios):.2f}"
+            print(f"{row} | {min(ratios):.2f} to {max(ratios):.2f} |", flush=True)
+
+
+def main() -> None:
+    """Print the setting, and what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="timed steps in each run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="pairs of runs (default: 7; with --only: 21)")
+    parser.add_argument("--only", choices=ONLY, help="measure one monitor alone, and closely")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="with --only: where (%(default)s)")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can use")
+    logging.disable()
+    warnings.simplefilter("ignore")
+    rounds = options.rounds or (21 if options.only else 7)
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    setting = f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads"
+    if options.only:
+        print(f"{setting}, {rounds} rounds of without, with, with, without in one fit\n")
+        only(options.only, options.device, rounds)
+    else:
+        print(f"{setting}, batch 64, {rounds} rounds of {options.steps} steps\n")
+        everything(rounds, options.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -155,18 +155,19 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         name = func.overloadpacket.__name__
         here = spot(self._names, self._outermost)
         node = torch._C._current_autograd_node()  # noqa: SLF001  (no public name)
-        if node is None or self._recomputes():
+        if node is None or self._recomputes(node.name()):
             self._made.setdefault(_sequence_number() - 1, here)
             return Operation(self._count, name, here)
         made = self._made.get(node._sequence_nr(), Spot("", "", None))  # noqa: SLF001  (the same)
         return Operation(self._count, name, made, node.name(), here.line)
 
-    def _recomputes(self) -> bool:
+    def _recomputes(self, node: str) -> bool:
         """Whether activation checkpointing runs a forward pass again, inside backward."""
         frame = sys._getframe(2)  # noqa: SLF001  (a public function, despite its name)
         while frame is not None and frame.f_code is not self._outermost:
             if frame.f_code.co_filename.endswith(CHECKPOINT):
-                return True
+                # The reentrant kind runs the backward pass of what it ran again from the same function.
+                return frame.f_code.co_name != "backward" or node == "CheckpointFunctionBackward"
             frame = frame.f_back  # type: ignore[assignment]  # None at the end
         return False
 

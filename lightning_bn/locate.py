@@ -58,7 +58,7 @@ def locate_nonfinite(
         (args, kwargs),
         partial(_step, model, loss_fn, statistics),
         partial(quarantine, model),
-        Tensor.backward if loss_fn is not None else None,
+        _backward if loss_fn is not None else None,
     )
     if seen.phase == "" and seen.error:
         raise RuntimeError(f"model must run on these arguments, got {seen.error}")
@@ -66,6 +66,11 @@ def locate_nonfinite(
         path = seen.origin.path.replace("batch[0]", "args", 1).replace("batch[1]", "kwargs", 1)
         seen = replace(seen, origin=replace(seen.origin, path=path))
     return next(iter([*traced_cause(seen, History()), *statistics]), None)
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def _step(

@@ -75,7 +75,7 @@ class Judge:
         self.loss = float(loss.detach().float().sum()) if loss.numel() else None
         if state(loss) != FINITE:
             raise _Found(Replayed(self.lineage.origin_of(loss), "loss", self.loss))
-        if self.run_backward is not None and loss.requires_grad:
+        if self.run_backward is not None:
             self.run_backward(loss)
             self.gradients()
 

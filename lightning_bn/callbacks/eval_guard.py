@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_bn.callbacks.base import shielded
 from lightning_bn.callbacks.first_look import FirstLook
 from lightning_bn.callbacks.guard import Guard
-from lightning_bn.callbacks.inquest import Verdict, inquire
+from lightning_bn.callbacks.inquest import Verdict, inquire, merged
 from lightning_bn.callbacks.retrace import Case, Stage, loss_of
 from lightning_bn.callbacks.watch import LossReader
 from lightning_bn.findings import Severity
@@ -137,11 +137,10 @@ class EvalGuard(Guard):
         found = look.conclude(loss_of(outputs))
         if any(finding.severity is Severity.ERROR for finding in found):
             verdict = inquire(trainer, pl_module, case, self._watch.course, loss=None, backward=False)
-            rest = [finding for finding in found if finding.severity is not Severity.ERROR]
-            found = [*verdict.findings, *rest] if verdict.conclusive else found
+            found = merged(found, verdict)
         if trainer.is_global_zero:
             look.report(Loggers(trainer.loggers), found, trainer.global_step)
-        return Verdict(found, conclusive=True)
+        return Verdict(found, conclusive=bool(found))
 
     def _close_evaluation(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         self._judge_sent(trainer, pl_module)

@@ -201,7 +201,7 @@ class Guard(Monitor):
         if trainer.world_size > 1:
             pending = trainer.strategy.reduce_boolean_decision(pending, all=False)
         if pending:
-            self._settle(trainer, pl_module, Verdict(found, conclusive=True))
+            self._settle(trainer, pl_module, Verdict(found, conclusive=bool(found)))
 
     @shielded
     def _look_at_statistics(self, pl_module: LightningModule) -> list[Finding]:

@@ -102,6 +102,20 @@ def inquire(
     return Verdict([*looked_at(pl_module, case, loss), note], conclusive=False)
 
 
+def merged(seen: list[Finding], verdict: Verdict | None) -> list[Finding]:
+    """What a full look at a pass showed, with what its replay showed in the place of its errors, where it did.
+
+    Args:
+        seen: findings of the full look.
+        verdict: that of the replay; None where there was none.
+    """
+    if verdict is None:
+        return seen
+    if not verdict.conclusive:  # why there is no more to say
+        return [*seen, *(finding for finding in verdict.findings if finding.severity is Severity.INFO)]
+    return [*verdict.findings, *(finding for finding in seen if finding.severity is not Severity.ERROR)]
+
+
 def looked_at(pl_module: LightningModule, case: Case, loss: Tensor | None) -> list[Finding]:
     """What batch, weights, loss and gradients alone show."""
     recorder = Recorder(pl_module, case.batch)

@@ -16,7 +16,7 @@ from lightning_bn.callbacks.base import is_due, shielded, step_of, window_closes
 from lightning_bn.callbacks.eval_guard import EvalGuard
 from lightning_bn.callbacks.first_look import FirstLook
 from lightning_bn.callbacks.guard import Action, Watch
-from lightning_bn.callbacks.inquest import Verdict, inquire
+from lightning_bn.callbacks.inquest import Verdict, inquire, merged
 from lightning_bn.callbacks.retrace import Case
 from lightning_bn.callbacks.snapshot import Snapshot
 from lightning_bn.callbacks.watch import are_bad, gradients_in, gradients_of, has_scaler, unscaled
@@ -261,11 +261,10 @@ class NaNGuard(EvalGuard):
             watch.is_bad = True
             if loss is not None and not bool(torch.isfinite(loss).all()):
                 verdict = self._inquire(trainer, pl_module, plain, backward=False)
-                rest = [finding for finding in found if finding.severity is not Severity.ERROR]
-                found = [*verdict.findings, *rest] if verdict and verdict.conclusive else found
+                found = merged(found, verdict)
         if trainer.is_global_zero and (final or found):
             look.report(Loggers(trainer.loggers), found, step_of(trainer))
-        return Verdict(found, conclusive=True)
+        return Verdict(found, conclusive=bool(found))
 
     def _begin_course(self, trainer: Trainer, pl_module: LightningModule, look: FirstLook, loss: Tensor | None) -> None:
         if self._watch.snapshot is not None:

@@ -76,7 +76,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._entries = [(module, key) for module in model.modules() for key in module._buffers]  # noqa: SLF001  (theirs)
+        self._entries = [(module, key) for module in model.modules() for key in _keys(module)]
         self._live: list[Tensor | None] = [None] * len(self._entries)
         self._kept: list[Tensor | None] = [None] * len(self._entries)
         self._versions = [-1] * len(self._entries)
@@ -110,7 +110,7 @@ class Snapshot:
         """Write the remembered values into the buffers that the model has now, be they stand-ins of a quarantine."""
         with torch.no_grad():
             for (module, key), kept in zip(self._entries, self._kept, strict=True):
-                x = module._buffers.get(key)  # noqa: SLF001  (the same)
+                x = _buffer(module, key)
                 if x is not None and kept is not None and x.shape == kept.shape:
                     x.copy_(kept)
 
@@ -124,7 +124,7 @@ class Snapshot:
         found = {
             f"{path}.{key}" if path else key: by_entry.get((id(module), key))
             for path, module in self._model.named_modules()
-            for key in module._buffers  # noqa: SLF001  (the same)
+            for key in _keys(module)
         }
         return {path: kept.clone() for path, kept in found.items() if kept is not None}
 
@@ -134,7 +134,7 @@ class Snapshot:
 
     def _now(self) -> Iterator[tuple[Tensor | None, int]]:
         for module, key in self._entries:
-            x = module._buffers.get(key)  # noqa: SLF001  (the same)
+            x = _buffer(module, key)
             lazy = x is None or is_lazy(x) or x.is_inference()
             yield x, -1 if lazy or x is None else x._version  # noqa: SLF001  (no public name)
 
@@ -143,7 +143,7 @@ class Snapshot:
         kept: list[Tensor] = []
         for place in places:
             module, key = self._entries[place]
-            x, old = module._buffers.get(key), self._kept[place]  # noqa: SLF001  (the same)
+            x, old = _buffer(module, key), self._kept[place]
             self._live[place] = x
             if x is None or is_lazy(x) or x.is_inference():
                 self._kept[place] = None
@@ -163,6 +163,15 @@ class Snapshot:
             return None
         device = next((x.device for x in self._model.parameters()), torch.device("cpu"))
         return device if device.type == "cuda" else None
+
+
+def _keys(module: nn.Module) -> list[str]:
+    return [key for key, _ in module.named_buffers(recurse=False)]
+
+
+def _buffer(module: nn.Module, key: str) -> Tensor | None:
+    x = getattr(module, key, None)  # a ScriptModule keeps its buffers out of sight
+    return x if isinstance(x, Tensor) else None
 
 
 def _numpy_state() -> Any:
