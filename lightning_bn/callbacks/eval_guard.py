@@ -85,7 +85,7 @@ class EvalGuard(Guard):
 
     @shielded
     def _begin_evaluation(self, pl_module: LightningModule, case: Case) -> None:
-        if self._spoilt:
+        if self._watch.spoilt:
             return
         self._eval_case = case
         if case.batch_idx == 0:

@@ -40,7 +40,8 @@ class Watch:
         look: the full look at the first pass, while it lasts.
         drops_update: whether the optimizer step of this window is dropped.
         is_bad: whether the present batch was judged bad.
-        was_bad: whether the last one was.
+        spoilt: whether the last one was and its update was not dropped: every later step is bad, as was said when it
+            began.
         inquests: how many replays there were.
         skipped: how many steps were dropped in a row.
         pending: what this rank found and the others do not know yet.
@@ -55,7 +56,7 @@ class Watch:
     awaits_verdict: bool = False
     drops_update: bool = False
     is_bad: bool = False
-    was_bad: bool = False
+    spoilt: bool = False
     inquests: int = 0
     skipped: int = 0
     pending: list[Verdict] = field(default_factory=list)
@@ -107,16 +108,11 @@ class Guard(Monitor):
         elif verdict is not None:
             self._watch.pending.append(verdict)
 
-    @property
-    def _spoilt(self) -> bool:
-        """Whether a bad update has spoilt the weights: every later step is bad, as was said when it began."""
-        return self._watch.was_bad and self.action == "warn"
-
     def _inquire(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor | None, *, backward: bool
     ) -> Verdict | None:
         watch = self._watch
-        if watch.case is None or self._spoilt or watch.inquests >= MOST_INQUESTS:
+        if watch.case is None or watch.spoilt or watch.inquests >= MOST_INQUESTS:
             return None
         watch.inquests += 1
         return self._hold_inquest(trainer, pl_module, watch.case, loss, backward)
@@ -205,7 +201,7 @@ class Guard(Monitor):
 
     @shielded
     def _look_at_statistics(self, pl_module: LightningModule) -> list[Finding]:
-        if self._spoilt:
+        if self._watch.spoilt:
             return []
         tensors = statistics_in(pl_module)
         return statistics_faults(pl_module, self._watch.spared) if tensors and are_bad(tensors) else []

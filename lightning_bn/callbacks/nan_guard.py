@@ -143,10 +143,11 @@ class NaNGuard(EvalGuard):
             self._conclude(trainer, pl_module, loss if isinstance(loss, Tensor) else None)
         if watch.drops_update:
             self._undo()
+        watch.spoilt = watch.is_bad and not watch.drops_update
         closes = window_closes(trainer)
         watch.drops_update = watch.drops_update and not closes
         watch.skipped = watch.skipped if watch.is_bad or not closes else 0
-        watch.was_bad, watch.case = watch.is_bad, None
+        watch.case = None
         if closes and is_due(trainer, self.every_n_steps):
             self._statistics_are_bad(trainer, pl_module)
             self._look_closer()
