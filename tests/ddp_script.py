@@ -67,6 +67,52 @@ class OwnLoss(LogOfZeroInLoss):
         return loader()
 
 
+class Late(OwnData):
+    """A fault on rank 1 alone, in the third batch alone, of one of several kinds."""
+
+    def __init__(self, kind):
+        super().__init__(network(norm=kind == "statistics"), plant=False)
+        self.kind = kind
+
+    def train_dataloader(self):
+        def change(inputs):
+            if RANK == 1 and self.kind == "sample":
+                inputs[16 + 5, 3] = float("nan")
+            if RANK == 0 and self.kind == "statistics":  # DDP gives those of rank 0 to all
+                inputs[16:24] *= 1e30
+
+        return loader(plant=change)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        bad = RANK == 1 and batch_idx == 2
+        if self.kind == "talks":
+            loss = loss + 0 * self.all_gather(loss.detach()).sum()
+        if bad and self.kind == "gradient":
+            loss = loss + torch.sqrt(loss * 0)
+        if bad and self.kind in {"loss", "talks"}:
+            loss = loss * torch.log(loss * 0 - 1)
+        if bad and self.kind == "loss without gradient":
+            loss = loss + torch.log(loss.detach() * 0 - 1)
+        return loss
+
+
+class LateValidation(OwnData):
+    """Rank 1 validates on a bad sample."""
+
+    def validation_step(self, batch, batch_idx):
+        return self.loss(self(batch[0]), batch[1])
+
+    def val_dataloader(self):
+        def change(inputs):
+            inputs[16 + 5, 3] = float("nan")
+
+        return loader(plant=change if RANK == 1 else None)
+
+
+LATE = ("sample", "statistics", "gradient", "loss", "talks", "loss without gradient")
+
+
 def demo():
     return [WeightInit(), NaNGuard(), ActivationMonitor(every_n_steps=2), BatchNormMonitor()], DigitsResNet()
 
@@ -80,6 +126,9 @@ SCENARIOS = {
     "stop on rank 1": lambda: ([NaNGuard("stop")], OwnData(plant=True)),
     "nan on both": lambda: ([NaNGuard("raise")], OwnData(with_module(LogOfNegative()))),
     "nan in the loss": lambda: ([NaNGuard("raise")], OwnLoss()),
+    **{f"late {kind}": (lambda kind=kind: ([NaNGuard("raise")], Late(kind))) for kind in LATE},
+    **{f"skip {kind}": (lambda kind=kind: ([NaNGuard("skip")], Late(kind))) for kind in ("loss", "gradient")},
+    "late validation": lambda: ([NaNGuard("raise")], LateValidation()),
     "breaks on rank 1": lambda: ([BreaksOnRankOne(every_n_steps=1), BatchNormMonitor()], OwnData()),
 }
 
@@ -118,6 +167,7 @@ def main(scenario: str, root: str) -> None:
         "off": [callback.off for callback in callbacks],
         "findings": [finding.rule for callback in callbacks for finding in callback.findings],
         "weights": weights_of(model),
+        "finite": all(bool(torch.isfinite(x).all()) for x in model.state_dict().values()),
         "rows": rows,
     }
     Path(root, f"rank{RANK}.json").write_text(json.dumps(report))

@@ -102,6 +102,53 @@ def test_stop_ends_all_ranks_cleanly(tmp_path):
     assert ranks[0]["weights"] == ranks[1]["weights"]
 
 
+LATE = {
+    "sample": ("non-finite-input", 2, "batch[0], sample 5"),
+    "gradient": ("invalid-gradient", 2, "SqrtBackward0"),
+    "loss": ("invalid-operation", 2, "log"),
+    "statistics": ("overflowed-running-statistics", 3, "+inf"),
+    "loss without gradient": ("invalid-operation", 3, "log"),
+}
+
+
+@pytest.mark.parametrize(("kind", "expected"), LATE.items(), ids=LATE)
+def test_a_later_fault_on_one_rank_is_raised_on_all_with_its_culprit(tmp_path, kind, expected):
+    """Both ranks raise the report of the one in the same step: at once where gradients tell, else at the interval."""
+    ranks = run(f"late {kind}", tmp_path)
+    rule, step, words = expected
+    assert ranks[0]["error"] == ranks[1]["error"]
+    assert words in ranks[0]["error"]
+    assert ranks[0]["steps"] == ranks[1]["steps"] <= step + 1
+    first = next(finding for finding in read_findings(tmp_path / "run" / "version_0"))
+    assert (first.rule, first.data["rank"]) == (rule, 0 if kind == "statistics" else 1)
+
+
+def test_a_step_that_talks_to_other_ranks_is_not_replayed_and_nobody_waits(tmp_path):
+    """All ranks raise what can be seen without a replay, and the reason why there is no more."""
+    ranks = run("late talks", tmp_path)
+    assert ranks[0]["error"] == ranks[1]["error"]
+    assert "non-finite-loss" in ranks[0]["error"]
+    findings = read_findings(tmp_path / "run" / "version_0")
+    assert any("in a replay that other ranks may not run" in finding.evidence for finding in findings)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_skip_drops_the_step_on_all_ranks(tmp_path, kind):
+    """A bad batch on one rank is dropped on both: training goes on with equal and finite weights and statistics."""
+    ranks = run(f"skip {kind}", tmp_path)
+    assert ranks[0]["error"] is ranks[1]["error"] is None
+    assert ranks[0]["steps"] == ranks[1]["steps"] == 8
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["finite"] and ranks[1]["finite"]  # noqa: PT018
+
+
+def test_a_bad_sample_that_one_rank_validates_on_is_raised_on_all(tmp_path):
+    """The ranks meet at the end of the loop."""
+    ranks = run("late validation", tmp_path)
+    assert ranks[0]["error"] == ranks[1]["error"]
+    assert "batch[0], sample 5" in ranks[0]["error"]
+
+
 def test_a_monitor_that_fails_on_one_rank_is_off_on_all_and_training_goes_on(tmp_path):
     """No rank waits for the other's statistics: training ends as planned, and the file says what happened."""
     ranks = run("breaks on rank 1", tmp_path)
