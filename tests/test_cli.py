@@ -82,6 +82,25 @@ def test_a_fault_ends_with_the_table_and_a_short_error(tmp_path):
     assert [finding.layer for finding in found(tmp_path)] == ["net.1"]
 
 
+def test_a_saved_step_is_run_again_by_replay(tmp_path):
+    """``lightning-bn replay FILE`` names operation and line, ends with 1, and trains and writes nothing."""
+    (tmp_path / "sick.py").write_text(SICK)
+    model = (*("--config", RECIPES / "digits.yaml"), *("--model", "sick.Net"))
+    guard = ("--trainer.callbacks", "lightning_bn.NaNGuard", "--trainer.callbacks.save_batch", "true")
+    run(tmp_path, "-m", "lightning_bn", "fit", *model, *guard, check=False)
+    (path,) = tmp_path.rglob("batch_validation_step0_rank0.pt")
+    before = sorted(tmp_path.rglob("*"))
+    done = run(tmp_path, "-m", "lightning_bn", "replay", path, *model, check=False)
+    assert done.returncode == 1
+    assert "invalid-operation" in done.stdout
+    assert "sick.py:7 in forward" in done.stdout
+    assert [entry for entry in sorted(tmp_path.rglob("*")) if "pycache" not in str(entry)] == before
+    missing = run(tmp_path, "-m", "lightning_bn", "replay", "nosuch.pt", *model, check=False)
+    assert missing.returncode == 1
+    assert "path must be a saved step" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
 @pytest.mark.parametrize("project", ["train_lightning.py", "train_pytorch_lightning.py"])
 def test_the_recipe_is_appended_to_any_project(tmp_path, project):
     """``--config recipes/diagnose.yaml`` after the project's own adds the monitors and keeps its callbacks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -14,6 +15,7 @@ from torch import Tensor
 from lightning_bn.callbacks.base import epoch_of, step_of
 from lightning_bn.callbacks.retrace import Case
 from lightning_bn.callbacks.snapshot import Snapshot, Streams
+from lightning_bn.rules.diverged_by_learning_rate import History
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -21,13 +23,14 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-def pack(trainer: Trainer, pl_module: LightningModule, case: Case) -> dict[str, Any]:
+def pack(trainer: Trainer, pl_module: LightningModule, case: Case, history: History) -> dict[str, Any]:
     """A step as plain containers and tensors: what ``torch.load(weights_only=True)`` reads.
 
     Args:
         trainer: the trainer, before the weights change.
         pl_module: its model; its weights are the present ones, its buffers those before the step.
         case: the step.
+        history: loss and weights before it.
 
     Raises:
         TypeError: where the batch holds anything else than tensors, numbers, strings and plain containers of them.
@@ -48,12 +51,13 @@ def pack(trainer: Trainer, pl_module: LightningModule, case: Case) -> dict[str, 
         "batch_idx": case.batch_idx,
         "dataloader_idx": case.dataloader_idx,
         "streams": streams,
+        "history": {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(history).items()},
         "state_dict": model,
     }
     buffer = io.BytesIO()
-    torch.save(packed, buffer)
-    buffer.seek(0)
     try:
+        torch.save(packed, buffer)
+        buffer.seek(0)
         torch.load(buffer, weights_only=True, map_location="cpu")
     except Exception as error:
         kind = type(case.batch).__name__
@@ -95,8 +99,12 @@ def read_case(path: str | os.PathLike[str], model: torch.nn.Module | None = None
         raise FileNotFoundError(
             f"path must be a saved step (batch_*.pt), got {os.fspath(path)!r}, which does not exist"
         )
-    with filesystem.open(place, "rb") as file:
-        packed = torch.load(io.BytesIO(file.read()), weights_only=True, map_location="cpu")
+    try:
+        packed = torch.load(io.BytesIO(filesystem.cat_file(place)), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ValueError(
+            f"path must be a saved step (batch_*.pt), got {os.fspath(path)!r}, which torch.load refuses"
+        ) from error
     if not isinstance(packed, dict) or packed.get("format") != FORMAT:
         raise ValueError(f"path must be a saved step of format {FORMAT}, got {os.fspath(path)!r}")
     snapshot, batch = None, packed["batch"]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_bn.callbacks.base import shielded
 from lightning_bn.callbacks.first_look import FirstLook
-from lightning_bn.callbacks.guard import Guard
-from lightning_bn.callbacks.inquest import Verdict, inquire, merged
+from lightning_bn.callbacks.guard import NOTHING, Guard
+from lightning_bn.callbacks.inquest import Verdict, inquire, merged, placed
 from lightning_bn.callbacks.retrace import Case, Stage, loss_of
 from lightning_bn.callbacks.watch import LossReader
 from lightning_bn.findings import Severity
@@ -119,13 +119,14 @@ class EvalGuard(Guard):
         loss = reader.read()
         if not math.isfinite(loss):
             self._told = True
+            self._watch.bad_case = case
             verdict = inquire(trainer, pl_module, case, self._watch.course, loss=None, backward=False)
             found = verdict if verdict.conclusive else Verdict([untraced_loss(loss)], conclusive=False)
             self._watch.pending.append(found)
 
     def _conclude_look(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
         verdict = self._judge_look(trainer, pl_module, outputs)
-        self._settle(trainer, pl_module, verdict or Verdict([], conclusive=False))
+        self._settle(trainer, pl_module, verdict or NOTHING)
 
     @shielded
     def _judge_look(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Verdict:
@@ -133,9 +134,10 @@ class EvalGuard(Guard):
         self.live.hooks.close()
         self._watch.look = None
         if look is None or case is None:
-            return Verdict([], conclusive=False)
-        found = look.conclude(loss_of(outputs))
+            return NOTHING
+        found = [placed(finding, case) for finding in look.conclude(loss_of(outputs))]
         if any(finding.severity is Severity.ERROR for finding in found):
+            self._watch.bad_case = case
             verdict = inquire(trainer, pl_module, case, self._watch.course, loss=None, backward=False)
             found = merged(found, verdict)
         if trainer.is_global_zero:
@@ -159,5 +161,6 @@ class EvalGuard(Guard):
             return
         self._told = True
         verdict = inquire(trainer, pl_module, case, self._watch.course, loss=None, backward=False)
+        self._watch.bad_case = case if verdict.conclusive else None
         plain = untraced_loss(float(trainer.logged_metrics[names[0]]), name=names[0])
         self._watch.pending.append(verdict if verdict.conclusive else Verdict([plain], conclusive=False))

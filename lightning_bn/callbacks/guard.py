@@ -36,6 +36,7 @@ class Watch:
 
     Args:
         case: the step in progress; None between steps, and behind the update of the weights.
+        bad_case: the step of evaluation that was judged bad, until it is saved.
         snapshot: buffers and random streams before it.
         look: the full look at the first pass, while it lasts.
         drops_update: whether the optimizer step of this window is dropped.
@@ -49,6 +50,7 @@ class Watch:
     """
 
     case: Case | None = None
+    bad_case: Case | None = None
     snapshot: Snapshot | None = None
     look: FirstLook | None = None
     loss: LossReader = field(default_factory=LossReader)
@@ -178,17 +180,20 @@ class Guard(Monitor):
 
     @shielded
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        case = self._watch.case
+        case = self._watch.bad_case or self._watch.case
+        self._watch.bad_case = None
         if case is None:
             return
         folder = self.live.file.path.rpartition("/")[0]
-        path = f"{folder}/batch_step{step_of(trainer)}_rank{trainer.global_rank}.pt"
+        stage = "" if case.stage == "training_step" else f"{case.stage.removesuffix('_step')}_"
+        path = f"{folder}/batch_{stage}step{step_of(trainer)}_rank{trainer.global_rank}.pt"
         try:
-            write_case(path, pack(trainer, pl_module, case))
+            write_case(path, pack(trainer, pl_module, case, self._watch.course.history(trainer, pl_module)))
         except Exception as error:  # noqa: BLE001  (a batch of another class, a full disk: the report must still come)
             self.emit(not_watched(f"the batch in {FOLDER}/", f"it was not saved: {error}"), any_rank=True)
             return
-        print_above_bar(trainer, f"lightning_bn: the batch is in {path}")
+        again = f"lightning-bn replay {path} --config ..."
+        print_above_bar(trainer, f"lightning_bn: the batch that did it is saved; to run it again: {again}")
 
     def _statistics_are_bad(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge running statistics, and let the ranks meet; a collective where there are several."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -96,10 +96,20 @@ def inquire(
             reason = f"its replay failed: {type(error).__name__}: {error}"
         else:
             if found := traced_cause(seen, course.history(trainer, pl_module)):
-                return Verdict(found, conclusive=True)
+                return Verdict([placed(finding, case) for finding in found], conclusive=True)
             reason = "a replay of the step was finite, so it depends on something that no replay restores"
     note = not_watched(f"the operation that made {'the loss' if loss is not None else 'a gradient'} bad", reason)
     return Verdict([*looked_at(pl_module, case, loss), note], conclusive=False)
+
+
+def placed(finding: Finding, case: Case) -> Finding:
+    """A finding that says in which step of evaluation it was made; one of training has its step anyway."""
+    if case.stage == "training_step":
+        return finding
+    where = f"in {case.stage}, batch {case.batch_idx}"
+    where += f" of loader {case.dataloader_idx}" if case.dataloader_idx else ""
+    data = {**finding.data, "stage": case.stage, "batch_idx": case.batch_idx, "dataloader_idx": case.dataloader_idx}
+    return replace(finding, evidence=f"{where}: {finding.evidence}", data=data)
 
 
 def merged(seen: list[Finding], verdict: Verdict | None) -> list[Finding]:

@@ -15,7 +15,7 @@ from lightning_bn.callbacks.arguments import check_choice, check_count, check_fl
 from lightning_bn.callbacks.base import is_due, shielded, step_of, window_closes
 from lightning_bn.callbacks.eval_guard import EvalGuard
 from lightning_bn.callbacks.first_look import FirstLook
-from lightning_bn.callbacks.guard import Action, Watch
+from lightning_bn.callbacks.guard import NOTHING, Action, Watch
 from lightning_bn.callbacks.inquest import Verdict, inquire, merged
 from lightning_bn.callbacks.retrace import Case
 from lightning_bn.callbacks.snapshot import Snapshot
@@ -243,7 +243,7 @@ class NaNGuard(EvalGuard):
     ) -> None:
         self._watch.awaits_verdict = not final
         verdict = self._judge_first(trainer, pl_module, loss, final=final)
-        self._settle(trainer, pl_module, verdict or Verdict([], conclusive=False))
+        self._settle(trainer, pl_module, verdict or NOTHING)
 
     @shielded
     def _judge_first(
@@ -251,7 +251,7 @@ class NaNGuard(EvalGuard):
     ) -> Verdict:
         watch, look = self._watch, self._watch.look
         if look is None:
-            return Verdict([], conclusive=False)
+            return NOTHING
         if final:
             self.live.hooks.close()
             watch.look = None
