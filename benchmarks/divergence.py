@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss and weights of runs that diverge and of runs that do not: what the rule diverged-by-learning-rate stands on.
 
-Run:     python benchmarks/divergence.py [--seeds 5] [--epochs 10]
+Run:     python benchmarks/divergence.py [--seeds 5] [--steps 360]
 Data:    scikit-learn's digits, 1100 to train on, 600 to validate; batch 64 where nothing else is said.
 Output:  two markdown tables. Of healthy runs, over all steps and seeds: the largest ratio of a loss to the first loss,
          the share of steps in which the rule would take loss or weights for a divergence, the largest weight over that
@@ -18,7 +18,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from lightning_bn.schemes import Scheme
 Build = Callable[[int], nn.Module]
 Optimise = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 BATCH = 64
-TUNED = 20  # epochs of the training that a fine-tuning starts from
+TUNED = 360  # steps of the training that a fine-tuning starts from
 DEPTHS, RATES = (2, 3, 5), (10.0, 3.0, 1.0)
 
 
@@ -80,7 +81,7 @@ def resnet(seed: int) -> nn.Module:
 def tuned(norm: str, seed: int) -> nn.Module:
     """A perceptron that was trained before."""
     model = mlp(norm, "he", seed)
-    train(model, adam(1e-3), seed, epochs=TUNED)
+    train(model, adam(1e-3), seed, steps=TUNED)
     return model
 
 
@@ -110,6 +111,7 @@ HEALTHY: dict[str, tuple[Build, Optimise, int]] = {
 }
 
 
+@cache
 def digits() -> tuple[Tensor, ...]:
     """Images and labels, to train on and to validate."""
     data = DigitsData()
@@ -124,12 +126,19 @@ def largest(model: nn.Module) -> float:
     return max(x.detach().nan_to_num(0, 0, 0).abs().max().item() for x in model.parameters())
 
 
-def train(model: nn.Module, optimise: Optimise, seed: int, *, epochs: int, batch: int = BATCH) -> Run:
-    """Train until the epochs are over, or until loss or gradients are not finite."""
+def batches(images: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """The numbers of the images in each batch, one epoch after the other."""
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(images, generator=order).split(batch)
+
+
+def train(model: nn.Module, optimise: Optimise, seed: int, *, steps: int, batch: int = BATCH) -> Run:
+    """Train for some steps, or until loss or gradients are not finite."""
     images, labels, val_images, val_labels = digits()
-    order, run = torch.Generator().manual_seed(seed), Run()
+    run = Run()
     optimizer = optimise(model.parameters())  # type: ignore[arg-type]
-    for rows in (rows for _ in range(epochs) for rows in torch.randperm(len(images), generator=order).split(batch)):
+    for rows in islice(batches(len(images), batch, seed), steps):
         loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
         run.weights.append(largest(model))
         if math.isfinite(loss.item()):
@@ -175,24 +184,21 @@ def main() -> None:
     """Train every network, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each row (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=360, help="steps of each run (default: %(default)s)")
     options = parser.parse_args()
     logging.disable()
     warnings.simplefilter("ignore")
-    print(f"torch {torch.__version__}, CPU; {options.seeds} seeds, {options.epochs} epochs\n")
+    print(f"torch {torch.__version__}, CPU; {options.seeds} seeds, {options.steps} steps\n")
     print(f"| healthy run | loss / first | above {ROSE:g} | weight / first | above {GREW:g} | accuracy |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, (build, optimise, batch) in HEALTHY.items():
-        runs = [
-            train(build(seed), optimise, seed, epochs=options.epochs, batch=batch) for seed in range(options.seeds)
-        ]
+        runs = [train(build(seed), optimise, seed, steps=options.steps, batch=batch) for seed in range(options.seeds)]
         print(healthy_row(name, runs), flush=True)
     print("\n| MLP without norm, He, SGD | ended | step | last loss / first | weight / first | called diverged |")
     print("|---|---:|---:|---:|---:|---:|")
     for depth, rate in ((depth, rate) for depth in DEPTHS for rate in RATES):
         runs = [
-            train(mlp("none", "he", seed, depth), sgd(rate), seed, epochs=options.epochs)
-            for seed in range(options.seeds)
+            train(mlp("none", "he", seed, depth), sgd(rate), seed, steps=options.steps) for seed in range(options.seeds)
         ]
         print(diverging_row(f"{depth} layers, rate {rate:g}", runs), flush=True)
 

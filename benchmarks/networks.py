@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks that costs are measured on, and fits of them in which what costs comes and goes."""
+"""The networks that are measured on: healthy ones, and sick ones with one planted fault each."""
 
 from __future__ import annotations
 
 import io
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass, field
-from statistics import median, quantiles
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +15,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_bn.callbacks.base import callbacks_of
-
 CLASSES = 10
 VOCABULARY = 1000
 STEPS = 100_000
-
-Variant = AbstractContextManager[object]
-"""What is there in some blocks of steps and not in the others; entered once for each such block."""
+FEATURES, WIDTH = 16, 32
+"""Sizes of the sick networks."""
 
 
 class Trained(LightningModule):
@@ -159,90 +154,6 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(64, CLASSES))
 
 
-@dataclass
-class Pairs:
-    """Seconds of a step, round by round: without a variant, and with it."""
-
-    plain: list[float] = field(default_factory=list)
-    with_it: list[float] = field(default_factory=list)
-
-    def row(self) -> str:
-        """Plain step, extra time, ratio, the middle half and the range of the ratios, as cells of a table."""
-        ratios = [b / a for a, b in zip(self.plain, self.with_it, strict=True)]
-        extra = median(b - a for a, b in zip(self.plain, self.with_it, strict=True))
-        low, _, high = quantiles(ratios, n=4)
-        shown = f"{1e3 * median(self.plain):.2f} ms | {1e6 * extra:+.0f} µs | {median(ratios):.3f}"
-        return f"{shown} | {low:.3f} to {high:.3f} | {min(ratios):.3f} to {max(ratios):.3f}"
-
-
-class Switch(Callback):
-    """Lets variants come and go within one fit: without, with, with, without, a block of steps each.
-
-    Args:
-        variants: makes the block of each variant anew; the trainer's callbacks may be changed in it.
-        block: steps in a block.
-        rounds: how often all variants take their turn.
-        warm_up: steps before the first block, which run with every callback that the trainer was given.
-    """
-
-    def __init__(
-        self, variants: Mapping[str, Callable[[Trainer], Variant]], *, block: int, rounds: int, warm_up: int = 5
-    ) -> None:
-        self.pairs = {name: Pairs() for name in variants}
-        self._variants = variants
-        turns = [(name, there) for _ in range(rounds) for name in variants for there in (False, True, True, False)]
-        self._turns = iter(turns)
-        self._now: tuple[str, bool] | None = None
-        self._open: Variant = nullcontext()
-        self._all: list[Callback] = []
-        self._block, self._left = block, warm_up
-        self._spent: list[float] = []
-        self._started = 0.0
-
-    def on_train_start(self, trainer: Trainer, *_: object) -> None:
-        """Remember which callbacks there are."""
-        self._all = callbacks_of(trainer)
-
-    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        """Count, and switch at the end of a block; the last callback of the trainer, so that all others are done."""
-        self._left -= 1
-        if self._left:
-            return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._note(time.perf_counter() - self._started)
-        self._open.__exit__(None, None, None)
-        self._now = next(self._turns, None)
-        trainer.callbacks = self._all if self._now is None else [self]  # type: ignore[attr-defined]  # declared nowhere
-        trainer.should_stop = self._now is None
-        name, there = self._now or ("", False)
-        self._open = self._variants[name](trainer) if there else nullcontext()
-        self._open.__enter__()
-        self._left = self._block
-        self._started = time.perf_counter()
-
-    def _note(self, seconds: float) -> None:
-        if self._now is None:
-            return
-        self._spent.append(seconds / self._block)
-        if len(self._spent) == 4:  # noqa: PLR2004  (without, with, with, without)
-            first, second, third, last = self._spent
-            self.pairs[self._now[0]].plain.append((first + last) / 2)
-            self.pairs[self._now[0]].with_it.append((second + third) / 2)
-            self._spent = []
-
-
-def present(callback: Callback) -> Callable[[Trainer], Variant]:
-    """A variant: one more callback."""
-
-    @contextmanager
-    def there(trainer: Trainer) -> Iterator[None]:
-        trainer.callbacks = [callback, *callbacks_of(trainer)]  # type: ignore[attr-defined]  # the same
-        yield
-
-    return there
-
-
 def fit(subject: Subject, callbacks: list[Callback], device: str = "cpu", **options: Any) -> None:
     """Train a network on one batch, over and over, until a callback or an option of the trainer ends it."""
     seed_everything(1, verbose=False)
@@ -277,3 +188,101 @@ ON_GPU = {
         block=20,
     )
 }
+
+
+class Classifier(LightningModule):
+    """Classifies with cross-entropy; nothing is planted here.
+
+    Args:
+        net: maps inputs to logits.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits in float32."""
+        logits: Tensor = self.net(x.to(next(self.parameters()).dtype))
+        return logits.float()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002  (Lightning's signature)
+        """Loss of one batch."""
+        return self.loss(self(batch[0]), batch[1])
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of logits; NaN where all labels are -100."""
+        return nn.functional.cross_entropy(logits, labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD."""
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+class LogOfProbability(Classifier):
+    """Takes the logarithm of probabilities that saturate."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """NaN where a probability is exactly 0."""
+        p = torch.softmax(200 * logits, 1)
+        return -(torch.log(p) * nn.functional.one_hot(labels, logits.shape[1])).sum(1).mean()
+
+
+class Distances(Classifier):
+    """Adds the distances of all outputs to the first one, its own among them."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Finite, with a gradient that is not."""
+        apart = logits[:1] - logits
+        return super().loss(logits, labels) + 0.01 * torch.sqrt((apart * apart).sum(1)).mean()
+
+
+class Between(nn.Module):
+    """Its own code, between two submodules, makes NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """NaN wherever the first submodule puts out something negative."""
+        y: Tensor = self.b(torch.log(self.a(x)))
+        return y
+
+
+class Attention(nn.Module):
+    """Attention over the tokens of a sequence that are no padding, which is all zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys, self.values = (nn.Linear(FEATURES, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean over the tokens; NaN for a sequence of padding alone."""
+        padding = (x == 0).all(-1).unsqueeze(1)
+        scores = self.queries(x) @ self.keys(x).transpose(1, 2) / WIDTH**0.5
+        weights = torch.softmax(scores.masked_fill(padding, float("-inf")), -1)
+        y: Tensor = self.out(weights @ self.values(x))
+        return y.mean(1)
+
+
+class _Magnitude(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.abs()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (x / x.abs())
+
+
+class Magnitude(nn.Module):
+    """The absolute value; its own backward pass divides 0 by 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The absolute value."""
+        y: Tensor = _Magnitude.apply(x)
+        return y

@@ -2,7 +2,7 @@
 """What the monitors cost: paired with plain training, in one process.
 
 Run:     python benchmarks/overhead.py [--steps 60] [--rounds 7]
-         OMP_NUM_THREADS=1 python benchmarks/overhead.py --only nan_guard [--device cuda] [--rounds 21]
+         OMP_NUM_THREADS=1 python benchmarks/overhead.py --only nan_guard [--device cuda] [--rounds 15]
 Output:  a markdown table: median over the rounds of (time with monitors) / (time without), with the smallest and the
          largest ratio. The first row pairs plain training with itself: what it differs from 1 by is noise.
          With --only, the monitor comes and goes in one and the same fit, a few steps at a time; two more tables say
@@ -18,16 +18,17 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from functools import partial
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from networks import ON_CPU, ON_GPU, Subject, Switch, fit, present
+from networks import ON_CPU, ON_GPU, Subject, fit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard
@@ -56,6 +57,9 @@ READS = ("_local_scalar_dense", "equal", "nonzero")
 MOVES = ("_to_copy", "copy_")
 COUNTED = 12
 
+Variant = AbstractContextManager[object]
+"""What is there in some blocks of steps and not in the others; entered once for each such block."""
+
 
 class Clock(Callback):
     """Times the training steps after the first few, which warm up."""
@@ -76,8 +80,71 @@ class Clock(Callback):
         self.seconds = (time.perf_counter() - self.started) / (trainer.global_step - self.warm_up)
 
 
-Idle = type("Idle", (Callback,), {hook: lambda *_: None for hook in HOOKS})
-"""Does nothing, in the hooks of a training step: what it costs is Lightning's."""
+class Switch(Callback):
+    """Lets variants come and go within one fit: without, with, with, without, a block of steps each.
+
+    Args:
+        variants: makes each variant anew for each of its blocks; the trainer's callbacks may be changed in it.
+        block: steps in a block.
+        rounds: how often all variants take their turn.
+    """
+
+    def __init__(self, variants: Mapping[str, Callable[[Trainer], Variant]], *, block: int, rounds: int) -> None:
+        self.pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+        """Seconds of a step without and with each variant, round by round."""
+        self._variants, self._block, self._rounds = variants, block, rounds
+        self._left = Clock.warm_up
+
+    def on_train_start(self, trainer: Trainer, *_: object) -> None:
+        """Make ready; the first few steps run with every callback that the trainer was given."""
+        self._blocks = self._switch(trainer)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """Count; this is the last callback of the trainer, so that all others are done."""
+        self._left -= 1
+        if not self._left:
+            self._left = next(self._blocks)
+
+    def _switch(self, trainer: Any) -> Iterator[int]:
+        """The number of steps in each block; what comes between two of them is not timed."""
+        everyone = trainer.callbacks
+        for name in [name for _ in range(self._rounds) for name in self._variants]:
+            spent = []
+            for there in (False, True, True, False):
+                trainer.callbacks = [self]
+                with self._variants[name](trainer) if there else nullcontext():
+                    started = now()
+                    yield self._block
+                    spent.append((now() - started) / self._block)
+            self.pairs[name].append(((spent[0] + spent[3]) / 2, (spent[1] + spent[2]) / 2))
+        trainer.callbacks, trainer.should_stop = everyone, True
+        yield 1
+
+
+def now() -> float:
+    """Seconds, when all that was queued on a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def row(pairs: list[tuple[float, float]]) -> str:
+    """Plain step, extra time, ratio, the middle half and the range of the ratios, as cells of a table."""
+    ratios = [b / a for a, b in pairs]
+    low, _, high = quantiles(ratios, n=4)
+    shown = f"{1e3 * median(a for a, _ in pairs):.2f} ms | {1e6 * median(b - a for a, b in pairs):+.0f} µs"
+    return f"{shown} | {median(ratios):.3f} | {low:.3f} to {high:.3f} | {min(ratios):.3f} to {max(ratios):.3f}"
+
+
+@contextmanager
+def present(callback: Callback, trainer: Any) -> Iterator[None]:
+    """One more callback in a trainer, until its callbacks are set anew."""
+    trainer.callbacks = [callback, *trainer.callbacks]
+    yield
+
+
+def nothing(*_: object) -> None:
+    """What an empty callback does."""
 
 
 def timed(callback: Callback) -> dict[str, list[float]]:
@@ -102,6 +169,22 @@ class Reads(TorchDispatchMode):
         self.forward = False
         self.steps: list[list[int]] = [[0, 0]]
 
+    def begin(self, *_: object) -> None:
+        """The forward pass begins: on a GPU nothing may wait for it."""
+        self.forward = True
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error")
+
+    def end(self, *_: object) -> None:
+        """The forward pass is over."""
+        self.forward = False
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
+
+    def close(self, *_: object) -> None:
+        """The step is over."""
+        self.steps.append([0, 0])
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count an operation that makes the host wait; called by torch."""
         out = func(*args, **(kwargs or {}))
@@ -113,50 +196,29 @@ class Reads(TorchDispatchMode):
         return out
 
 
-class Border(Callback):
-    """Tells the counter where the forward pass begins and ends.
-
-    Args:
-        reads: the counter.
-        first: whether this is the trainer's first callback, which sees the forward pass end; the last one sees it
-            begin, when the others have made ready.
-    """
-
-    def __init__(self, reads: Reads, *, first: bool) -> None:
-        self.reads, self.first = reads, first
-
-    @property
-    def state_key(self) -> str:
-        """A name for each of the two; read by Lightning."""
-        return f"Border{self.first}"
-
-    def on_train_batch_start(self, *_: object) -> None:
-        """The forward pass begins; on a GPU nothing may wait for it from now on."""
-        if not self.first:
-            self.reads.forward = True
-            if torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("error")
-
-    def on_before_backward(self, *_: object) -> None:
-        """The forward pass is over."""
-        if self.first:
-            self.reads.forward = False
-            if torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("default")
-
-    def on_train_batch_end(self, *_: object) -> None:
-        """The step is over."""
-        if not self.first:
-            self.reads.steps.append([0, 0])
-
-
 def host_reads(subject: Subject, callbacks: list[Callback], device: str) -> list[list[int]]:
     """Values brought to the host in each step: in the forward pass, and in the rest of it."""
     reads = Reads()
+    # The last callback sees the forward pass begin when the others have made ready, the first one sees it end.
+    last = LambdaCallback(on_train_batch_start=reads.begin, on_train_batch_end=reads.close)
     with reads:
-        around = [Border(reads, first=True), *callbacks, Border(reads, first=False)]
+        around = [LambdaCallback(on_before_backward=reads.end), *callbacks, last]
         fit(subject, around, device, max_steps=COUNTED, max_epochs=-1, log_every_n_steps=COUNTED)
     return reads.steps[:COUNTED]
+
+
+def paired(
+    subject: Subject,
+    callbacks: Mapping[str, Callback],
+    others: Mapping[str, Callable[[Trainer], Variant]],
+    rounds: int,
+    device: str = "cpu",
+) -> dict[str, list[tuple[float, float]]]:
+    """Pair plain steps of a network with steps in which one more callback, or another variant, is there."""
+    variants = {**others, **{name: partial(present, callback) for name, callback in callbacks.items()}}
+    switch = Switch(variants, block=subject.block, rounds=rounds)
+    fit(subject, [*callbacks.values(), switch], device)
+    return switch.pairs
 
 
 def only(name: str, device: str, rounds: int) -> None:
@@ -165,13 +227,11 @@ def only(name: str, device: str, rounds: int) -> None:
     hooks = {}
     print("| network | with | plain step | extra | x plain | middle half | range |\n|---|---|---:|---:|---:|---|---|")
     for network, subject in subjects.items():
-        monitor, idle = ONLY[name](), Idle()
-        hooks[network] = timed(monitor)
-        variants = {"nothing (noise)": lambda _: nullcontext(), "an empty callback": present(idle)}
-        switch = Switch({**variants, name: present(monitor)}, block=subject.block, rounds=rounds)
-        fit(subject, [monitor, idle, switch], device)
-        for variant, pairs in switch.pairs.items():
-            print(f"| {network}, batch {subject.batch} | {variant} | {pairs.row()} |", flush=True)
+        callbacks = {"an empty callback": LambdaCallback(**dict.fromkeys(HOOKS, nothing)), name: ONLY[name]()}
+        hooks[network] = timed(callbacks[name])
+        noise = {"nothing (noise)": lambda _: nullcontext()}
+        for variant, pairs in paired(subject, callbacks, noise, rounds, device).items():
+            print(f"| {network}, batch {subject.batch} | {variant} | {row(pairs)} |", flush=True)
     print(f"\n| µs in {name} | {' | '.join(HOOKS)} | all |\n|---|{'---:|' * (len(HOOKS) + 1)}")
     for network, spent in hooks.items():
         each = [1e6 * median(spent[hook]) for hook in HOOKS]
@@ -184,9 +244,8 @@ def print_reads(name: str, subjects: dict[str, Subject], device: str) -> None:
     print("\n| host reads of a step | forward pass | rest | forward pass, due | rest, due |\n|---|---:|---:|---:|---:|")
     for network, subject in subjects.items():
         plain, watched = (host_reads(subject, made, device) for made in ([], [ONLY[name]()]))
-        beyond = [[b - a for a, b in zip(*both, strict=True)] for both in zip(plain, watched, strict=True)]
-        usual, due = beyond[COUNTED // 2], beyond[-1]
-        print(f"| {network} | {usual[0]} | {usual[1]} | {due[0]} | {due[1]} |", flush=True)
+        cells = [watched[step][part] - plain[step][part] for step in (COUNTED // 2, -1) for part in (0, 1)]
+        print(f"| {network} | {' | '.join(map(str, cells))} |", flush=True)
 
 
 def seconds_per_step(build: Callable[[], LightningModule], monitors: list[Callback], steps: int) -> float:
@@ -227,7 +286,7 @@ def main() -> None:
     """Print the setting, and what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="timed steps in each run (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, help="pairs of runs (default: 7; with --only: 21)")
+    parser.add_argument("--rounds", type=int, help="pairs of runs (default: 7; with --only: 15)")
     parser.add_argument("--only", choices=ONLY, help="measure one monitor alone, and closely")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="with --only: where (%(default)s)")
     options = parser.parse_args()
@@ -235,7 +294,7 @@ def main() -> None:
         parser.error("--device cuda needs a GPU that torch can use")
     logging.disable()
     warnings.simplefilter("ignore")
-    rounds = options.rounds or (21 if options.only else 7)
+    rounds = options.rounds or (15 if options.only else 7)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     setting = f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads"
     if options.only:

@@ -127,6 +127,8 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: the words after the command; None takes those of the process.
     """
+    if args is None:  # LightningCLI warns where it is given words beside those of the process
+        sys.argv[1:] = with_names(sys.argv[1:])
     try:
         DiagnosisCLI(
             LightningModule,
@@ -136,7 +138,7 @@ def main(args: list[str] | None = None) -> None:
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=1,
-            args=with_names(sys.argv[1:] if args is None else args),
+            args=args if args is None else with_names(args),
         )
     except NonFiniteError as error:
         sys.exit(f"{type(error).__name__}: {error}")

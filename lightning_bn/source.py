@@ -83,7 +83,7 @@ class Names:
         top: str | None = None
         for module in running:
             paths = self._paths.get(id(module), [])
-            if paths:
+            if paths and top not in paths:  # a module has a frame for its call and one for its forward method
                 top = next((path for path in paths if top is not None and is_below(path, top)), paths[0])
         return top
 

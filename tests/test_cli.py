@@ -180,6 +180,19 @@ def test_the_recipes_change_line_works(tmp_path):
     assert any("my_validation_loss" in finding.evidence for finding in found(tmp_path))
 
 
+def test_the_change_line_of_the_nan_recipe_works(tmp_path):
+    """Bad steps can be dropped by the override that its header shows, and the batch is beside the findings."""
+    (tmp_path / "sick.py").write_text(SICK)
+    done = run(
+        tmp_path,
+        *(HOSTS / "train_lightning.py", "fit", "--config", HOSTS / "base.yaml"),
+        *("--config", RECIPES / "nan.yaml", "--trainer.callbacks.action", "skip"),
+    )
+    assert "--trainer.callbacks.action skip" in (RECIPES / "nan.yaml").read_text()
+    assert not found(tmp_path)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("callback", "argument", "value", "words"),
     [
@@ -224,7 +237,12 @@ def test_help_tells_a_stranger_what_every_argument_does(tmp_path, callback):
     assert "slugs of findings that are" in done.stdout
     expected = {
         "WeightInit": ["Initialise the model before training", "xavier_uniform", "N(0, 0.01²)", "residual branch"],
-        "NaNGuard": ["Check the first training batch in full", "{raise,stop,warn}", "whose message is the report"],
+        "NaNGuard": [
+            "Watch for NaN and infinity",
+            "{raise,stop,warn,skip}",
+            "whose message is the report",
+            "max_skips",
+        ],
         "ActivationMonitor": ["share of zeros", "shell patterns on module names"],
         "BatchNormMonitor": ["γ and β", "smaller is better"],
     }

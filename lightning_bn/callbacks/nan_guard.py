@@ -52,7 +52,10 @@ class NaNGuard(EvalGuard):
             ``log_every_n_steps``.
         save_batch: whether the batch that did it, random streams and the state before the step are saved beside the
             findings (``batch_step*.pt``), for ``lightning-bn replay``.
-        ignore: slugs of findings that are neither reported nor acted upon.
+        ignore: slugs of findings that are neither reported nor acted upon, such as non-finite-input, non-finite-target,
+            non-finite-parameter, non-finite-output, non-finite-loss, invalid-operation, invalid-gradient,
+            overflow-by-range, overflow-by-initialisation, little-headroom, diverged-by-learning-rate,
+            poisoned-running-statistics, overflowed-running-statistics, not-watched.
 
     Raises:
         ValueError: if an argument is out of its range.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from lightning_bn.operations import Fault, Operation, Range
@@ -81,9 +82,11 @@ def growth(sizes: Sequence[tuple[str, float]]) -> float | None:
 
 
 def _short(operation: Operation, culprit: Operation) -> str:
-    """The line of an operation, where it is another one than the culprit's."""
+    """The line of an operation outside of all submodules, where it is another one than the culprit's."""
     line = operation.spot.line
-    return "" if line is None or line == culprit.spot.line else f" ({line.file}:{line.number})"
+    if line is None or operation.spot.layer or line == culprit.spot.line:
+        return ""
+    return f" ({PurePath(line.file).name}:{line.number})"
 
 
 def _row(entry: Range) -> dict[str, Any]:
