@@ -130,14 +130,14 @@ def batches(images: int, batch: int, seed: int) -> Iterator[Tensor]:
     """The numbers of the images in each batch, one epoch after the other."""
     order = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(images, generator=order).split(batch)
+        yield from torch.split(torch.randperm(images, generator=order), batch)
 
 
 def train(model: nn.Module, optimise: Optimise, seed: int, *, steps: int, batch: int = BATCH) -> Run:
     """Train for some steps, or until loss or gradients are not finite."""
     images, labels, val_images, val_labels = digits()
     run = Run()
-    optimizer = optimise(model.parameters())  # type: ignore[arg-type]
+    optimizer = optimise(model.parameters())
     for rows in islice(batches(len(images), batch, seed), steps):
         loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
         run.weights.append(largest(model))

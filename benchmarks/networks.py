@@ -280,9 +280,9 @@ class _Magnitude(torch.autograd.Function):
 
 
 class Magnitude(nn.Module):
-    """The absolute value; its own backward pass divides 0 by 0."""
+    """The distance to the first sample; its own backward pass divides 0 by 0."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The absolute value."""
-        y: Tensor = _Magnitude.apply(x)
+        """The distance, value by value."""
+        y: Tensor = _Magnitude.apply(x - x[:1])
         return y

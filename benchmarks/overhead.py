@@ -143,10 +143,6 @@ def present(callback: Callback, trainer: Any) -> Iterator[None]:
     yield
 
 
-def nothing(*_: object) -> None:
-    """What an empty callback does."""
-
-
 def timed(callback: Callback) -> dict[str, list[float]]:
     """Let a callback note the seconds of each call of its hooks."""
     spent: dict[str, list[float]] = defaultdict(list)
@@ -165,7 +161,7 @@ class Reads(TorchDispatchMode):
     """Counts the values that come to the host, step by step, apart for the forward pass and the rest."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self.forward = False
         self.steps: list[list[int]] = [[0, 0]]
 
@@ -181,18 +177,12 @@ class Reads(TorchDispatchMode):
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("default")
 
-    def close(self, *_: object) -> None:
-        """The step is over."""
-        self.steps.append([0, 0])
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count an operation that makes the host wait; called by torch."""
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        source = args[1 if name == "copy_" else 0] if name in MOVES else None
-        comes = isinstance(out, torch.Tensor) and isinstance(source, torch.Tensor) and out.device.type == "cpu"
-        if name in READS or (comes and source.device.type != "cpu"):
-            self.steps[-1][0 if self.forward else 1] += 1
+        comes = name in MOVES and out.device.type == "cpu" and args[name == "copy_"].device.type != "cpu"
+        self.steps[-1][not self.forward] += name in READS or comes
         return out
 
 
@@ -200,7 +190,7 @@ def host_reads(subject: Subject, callbacks: list[Callback], device: str) -> list
     """Values brought to the host in each step: in the forward pass, and in the rest of it."""
     reads = Reads()
     # The last callback sees the forward pass begin when the others have made ready, the first one sees it end.
-    last = LambdaCallback(on_train_batch_start=reads.begin, on_train_batch_end=reads.close)
+    last = LambdaCallback(on_train_batch_start=reads.begin, on_train_batch_end=lambda *_: reads.steps.append([0, 0]))
     with reads:
         around = [LambdaCallback(on_before_backward=reads.end), *callbacks, last]
         fit(subject, around, device, max_steps=COUNTED, max_epochs=-1, log_every_n_steps=COUNTED)
@@ -227,9 +217,10 @@ def only(name: str, device: str, rounds: int) -> None:
     hooks = {}
     print("| network | with | plain step | extra | x plain | middle half | range |\n|---|---|---:|---:|---:|---|---|")
     for network, subject in subjects.items():
-        callbacks = {"an empty callback": LambdaCallback(**dict.fromkeys(HOOKS, nothing)), name: ONLY[name]()}
+        empty = LambdaCallback(**dict.fromkeys(HOOKS, lambda *_: None))
+        callbacks = {"an empty callback": empty, name: ONLY[name]()}
         hooks[network] = timed(callbacks[name])
-        noise = {"nothing (noise)": lambda _: nullcontext()}
+        noise: dict[str, Callable[[Trainer], Variant]] = {"nothing (noise)": lambda _: nullcontext()}
         for variant, pairs in paired(subject, callbacks, noise, rounds, device).items():
             print(f"| {network}, batch {subject.batch} | {variant} | {row(pairs)} |", flush=True)
     print(f"\n| µs in {name} | {' | '.join(HOOKS)} | all |\n|---|{'---:|' * (len(HOOKS) + 1)}")

@@ -9,9 +9,8 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lightning_bn.operations import (
@@ -34,13 +33,11 @@ from lightning_bn.operations import (
 )
 from lightning_bn.source import Names, Spot, spot
 from lightning_bn.stats.finite import census, first_bad_index, is_measurable, read
-from lightning_bn.taps import plain_name
+from lightning_bn.writes import Writes
 
 MULTIPLYING = frozenset({"addmm", "mm", "bmm", "baddbmm", "convolution", "addmv", "mv", "linear"})
 """Operations whose outputs tell how the signal grows over depth."""
-PLUMBING = frozenset(
-    {"clone", "detach", "lift_fresh", "_to_copy", "copy_", "ones_like", "zeros", "zeros_like", "expand"}
-)
+PLUMBING = frozenset({"clone", "detach", "constant", "_to_copy", "copy_", "ones_like", "zeros", "zeros_like", "expand"})
 """Operations that move values or fill memory, and explain nothing."""
 TALK = frozenset({"c10d", "_c10d_functional", "c10d_functional", "symm_mem"})
 """Namespaces of the operations that wait for other processes."""
@@ -61,6 +58,7 @@ class _Mark:
     sources: tuple[_Mark, ...] = ()
     origin: Origin | None = None
     meant: bool = False  # infinities that a literal put there
+    inside: bool = False  # made in this pass
     name: str = ""  # of a parameter, a buffer or a tensor of the batch
     kind: str = ""
 
@@ -83,7 +81,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     Args:
         names: the modules of the model.
         outermost: code of the function that runs the pass; stack frames from there on are not looked at.
-        alone: whether other ranks may not run the same pass: it ends where it would wait for them.
+        alone: whether other ranks may not run the same: the pass ends where it would wait for them.
 
     Example:
         >>> with Lineage(Names(nn.Identity())) as lineage:
@@ -102,14 +100,15 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         self._sizes: dict[str, float] = {}
         self._mixed: dict[int, str] = {}
         self._count = 0
+        self.writes = Writes()  # to tensors that were there before; to be put back when the pass is over
         self.suspect: Origin | None = None
-        """Where a bad value came from that a decision was based on: read on the host, or refused by an operation."""
+        """Where a bad value came from that was read on the host, or refused by an operation."""
 
     def enter(self, kind: Any, path: str, x: Tensor) -> None:
         """Make a tensor known that is there before anything runs: of the batch, a parameter or a buffer."""
-        mark = self._mark_of(x)
+        mark = self._known(x)
         if mark is None:
-            mark = self._marks[_key(x)] = _Mark(_weakly(x))
+            return
         mark.name, mark.kind = mark.name or path, mark.kind or kind
         with _disable_current_modes():
             if state(x) == FINITE or mark.origin is not None:
@@ -133,10 +132,11 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         """Run an operation and look at what it did; called by torch."""
         kwargs = kwargs or {}
         if self._alone and func.namespace in TALK:
-            raise CollectiveError(
-                f"{func.namespace}.{func.overloadpacket.__name__} in a replay that other ranks may not run"
-            )
-        came = [_Came(x, state(x), self._mark_of(x)) for x in tensors_of(args, kwargs)]
+            raise CollectiveError(f"{func} in a replay that other ranks may not run")
+        came = [_Came(x, state(x), self._known(x)) for x in tensors_of(args, kwargs)]
+        for x in filter(_has_storage, written_to(func, args, kwargs)):
+            if not self._marks[_key(x)].inside:
+                self.writes.keep(x)
         before = as_before(func, args, kwargs)
         operation = self._operation(func)
         try:
@@ -153,6 +153,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     def _operation(self, func: Any) -> Operation:
         self._count += 1
         name = func.overloadpacket.__name__
+        name = "constant" if name == "lift_fresh" else name
         here = spot(self._names, self._outermost)
         node = torch._C._current_autograd_node()  # noqa: SLF001  (no public name)
         if node is None or self._recomputes(node.name()):
@@ -195,9 +196,6 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if blamed:
             first = max(blamed, key=lambda entry: (entry.state, -_place(entry.mark)))
             return first.mark.origin if first.mark else None, False
-        strangers = [entry for entry in bad if entry.state == NAN and not (entry.mark and entry.mark.meant)]
-        if strangers:
-            return _outside("unknown", "", strangers[0].tensor), False
         return None, worst == INFINITE and (bool(bad) or has_literal(args, kwargs))
 
     def _fault(self, operation: Operation, before: Any, func: Any, came: list[_Came], worst: Tensor) -> Fault:
@@ -235,7 +233,11 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
                 others = (source for source in sources if source is not old)
                 old.sources, old.writer = (replace(old), *others), operation
             return
-        self._marks[_key(x)] = _Mark(_weakly(x), operation, sources, origin, meant)
+        self._marks[_key(x)] = _Mark(_weakly(x), operation, sources, origin, meant, inside=True)
+
+    def _known(self, x: Tensor) -> _Mark | None:
+        """The mark of a tensor, which was there before anything ran if it has none yet."""
+        return self._marks.setdefault(_key(x), _Mark(_weakly(x))) if _has_storage(x) else None
 
     def _mark_of(self, x: Tensor) -> _Mark | None:
         return self._marks.get(_key(x)) if _has_storage(x) else None
@@ -243,14 +245,6 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     def _suspect(self, came: list[_Came]) -> None:
         found = (entry.mark.origin for entry in came if entry.mark and (entry.state != FINITE or _is_test(entry)))
         self.suspect = next((origin for origin in found if origin is not None), self.suspect)
-
-
-def follow(lineage: Lineage, model: nn.Module) -> None:
-    """Make the parameters and buffers of a model known."""
-    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
-        for path, x in named:
-            if _has_storage(x) and not is_lazy(x):
-                lineage.enter(kind, plain_name(path), x)
 
 
 def _sequence_number() -> int:
@@ -281,8 +275,7 @@ def _is_test(entry: _Came) -> bool:
 
 
 def _place(mark: _Mark | None) -> int:
-    origin = mark.origin if mark else None
-    return origin.operation.place if isinstance(origin, Fault) else -1
+    return mark.origin.operation.place if mark and isinstance(mark.origin, Fault) else -1
 
 
 def _earlier(marks: list[_Mark]) -> list[Operation]:

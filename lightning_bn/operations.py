@@ -96,7 +96,7 @@ class Outside:
             anything else that joins what the network has computed; empty where they met neither.
     """
 
-    kind: Literal["batch", "parameter", "buffer", "unknown"]
+    kind: Literal["batch", "parameter", "buffer"]
     path: str
     index: tuple[int, ...]
     seen: Census
@@ -106,6 +106,8 @@ class Outside:
 @dataclass(frozen=True)
 class Fault:
     """An operation that made non-finite values out of finite ones, or NaN out of infinities that were meant.
+
+    It may also be the first to have seen NaN that no operation made, as of a constant that the user wrote.
 
     Args:
         operation: the operation.

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_bn.lineage import CollectiveError, Lineage, follow
+from lightning_bn.lineage import CollectiveError, Lineage
 from lightning_bn.operations import FINITE, Fault, Origin, Outside, state
 from lightning_bn.source import Names
 from lightning_bn.taps import plain_name, tensors_in
@@ -141,6 +143,14 @@ def replay(
     return replace(first, more=tuple(blamed[1:]), without=seen.phase == "")
 
 
+def follow(lineage: Lineage, model: nn.Module) -> None:
+    """Make the parameters and buffers of a model known."""
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for path, x in named:
+            if not is_lazy(x):
+                lineage.enter(kind, plain_name(path), x)
+
+
 def _once(
     model: nn.Module,
     batch: Any,
@@ -164,6 +174,9 @@ def _once(
             raise
         except Exception as error:  # noqa: BLE001  (the step's own, which is what may have to be explained)
             return _broken(error, lineage, judge.loss)
+        finally:
+            with _disable_current_modes():
+                lineage.writes.put_back()
         return Replayed(None, "", judge.loss)
 
 

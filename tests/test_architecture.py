@@ -36,6 +36,7 @@ LAYERS = {
     "source": 0,
     "operations": 0,
     "lineage": 0,
+    "writes": 0,
     "replay": 0,
     "rules": 1,
     "sinks": 1,

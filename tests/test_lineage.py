@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
-from lightning_bn.lineage import CollectiveError, Lineage, follow
+from lightning_bn.lineage import CollectiveError, Lineage
 from lightning_bn.operations import Fault, Outside
+from lightning_bn.replay import follow
 from lightning_bn.source import Names
 
 NOTHING = Names(nn.Identity())
@@ -208,3 +209,27 @@ def test_results_are_those_of_a_plain_run_to_the_last_bit():
     with Lineage(NOTHING):
         watched = run()
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+
+
+def test_what_a_pass_writes_to_tensors_from_before_can_be_put_back():
+    """Parameters that the step itself changes get back their values, and autograd does not notice."""
+    weight = nn.Parameter(torch.ones(3))
+    loss = (weight * weight).sum()
+    version = weight._version
+    with Lineage(NOTHING) as lineage, torch.no_grad():
+        weight[1:].mul_(0.5)
+        weight.add_(1)
+        (weight * 2).sub_(1)
+    assert weight.tolist() == [2.0, 1.5, 1.5]
+    lineage.writes.put_back()
+    assert weight.tolist() == [1.0, 1.0, 1.0]
+    assert weight._version == version
+    loss.backward()
+    assert weight.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_nan_that_the_user_wrote_out_leads_to_the_line_that_wrote_it():
+    """A constant is named where it first comes in."""
+    found = origin(lambda x: (x.masked_fill(x > 0, float("nan")) * 2).sum(), X.clone())
+    assert name_of(found) == "masked_fill"
+    assert name_of(origin(lambda x: (x + torch.tensor(float("nan"))).sum(), X.clone())) == "constant"

@@ -265,6 +265,8 @@ def window_closes(trainer: Trainer) -> bool:
 
     Private, as Lightning tells nobody else; without it every batch counts as a window.
     """
+    if getattr(trainer, "accumulate_grad_batches", 0) == 1:
+        return True
     accumulates = getattr(trainer.fit_loop, "_should_accumulate", None)
     return not accumulates() if accumulates else True
 

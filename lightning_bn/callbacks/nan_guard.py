@@ -115,14 +115,16 @@ class NaNGuard(EvalGuard):
             # With manual optimisation more forward passes, and more losses, may come in this batch.
             self._conclude(trainer, pl_module, loss, final=pl_module.automatic_optimization)
             return
-        self._send_loss(trainer, loss)
-        if loss.device.type == "cpu":
+        value = self._see_loss(trainer, pl_module, loss)
+        if value is not None and not math.isfinite(value):
             self._judge_loss(trainer, pl_module, loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the loss where it had to be waited for, and judge what accumulates; called by Lightning."""
         if self._watch.loss.is_under_way:
-            self._judge_loss(trainer, pl_module, None)
+            value = self._read_loss(trainer, pl_module)
+            if value is not None and not math.isfinite(value):
+                self._judge_loss(trainer, pl_module, torch.tensor(value))
         if not window_closes(trainer) and trainer.world_size == 1 and not self._watch.is_bad:
             self._judge_gradients(trainer, pl_module, gradients_in(pl_module))
 
@@ -200,26 +202,26 @@ class NaNGuard(EvalGuard):
             self.emit(finding, any_rank=True)
 
     @shielded
-    def _send_loss(self, trainer: Trainer, loss: Tensor) -> None:
-        self._watch.loss.send(unscaled(trainer, loss))
-        if self._watch.snapshot is not None and is_due(trainer, self.every_n_steps):
-            self._watch.snapshot.notice()
-
-    def _judge_loss(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor | None) -> None:
-        value = self._read_loss(trainer, pl_module)
-        if value is None or math.isfinite(value):
-            return
-        seen = loss if loss is not None else torch.tensor(value)
-        verdict = self._inquire(trainer, pl_module, seen, backward=False)
-        self._meet(trainer, pl_module, verdict, together=False)
+    def _see_loss(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> float | None:
+        """The loss, where it can be read without waiting; else it is sent off."""
+        snapshot = self._watch.snapshot
+        if snapshot is not None and snapshot.looks_closer:
+            snapshot.notice()
+        value = unscaled(trainer, loss) if has_scaler(trainer) else loss.detach()
+        self._watch.loss.send(value)
+        return self._read_loss(trainer, pl_module) if loss.device.type == "cpu" else None
 
     @shielded
-    def _read_loss(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+    def _read_loss(self, trainer: Trainer, pl_module: LightningModule) -> float:
         value = self._watch.loss.read()
         if math.isfinite(value):
             whole = getattr(trainer, "accumulate_grad_batches", 1) if pl_module.automatic_optimization else 1
             self._watch.course.add(value * whole)
         return value
+
+    def _judge_loss(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        verdict = self._inquire(trainer, pl_module, loss, backward=False)
+        self._meet(trainer, pl_module, verdict, together=False)
 
     def _judge_gradients(self, trainer: Trainer, pl_module: LightningModule, gradients: list[Tensor]) -> None:
         """Where ranks share their gradients all see the same; else they ask each other."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,40 +76,51 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._entries = [(module, key) for module in model.modules() for key in _keys(module)]
+        self._homes = [_home(module) for module, _ in self._entries]
         self._live: list[Tensor | None] = [None] * len(self._entries)
         self._kept: list[Tensor | None] = [None] * len(self._entries)
-        self._versions = [-1] * len(self._entries)
+        self._large: dict[int, int] = {}  # place: version
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # copies and small buffers, by dtype and device
+        self._device: torch.device | None = None
         self._uses_python = self._uses_numpy = True
+        self.looks_closer = True
+        """Whether all streams of the present step are kept, so that :meth:`notice` can tell which it draws from."""
         self.streams = Streams()
 
     def take(self) -> None:
         """Remember the present state; called before each step."""
-        device = self._cuda_device()
+        device = self._cuda_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self.streams = Streams(
             torch.get_rng_state(),
             None if device is None else torch.cuda.get_rng_state(device),
             random.getstate() if self._uses_python else None,
             _numpy_state() if self._uses_numpy else None,
         )
-        changed = [place for place, (x, version) in enumerate(self._now()) if self._may_have_changed(place, x, version)]
-        if changed:
-            self._copy(changed)
+        for (_, key), home, known in zip(self._entries, self._homes, self._live, strict=True):
+            if home.get(key) is not known:
+                self._begin()
+                return
+        for kept, live in self._pairs:
+            torch._foreach_copy_(kept, live)
+        for place, version in self._large.items():
+            self._copy_large(place, version)
 
     def notice(self) -> None:
         """Find out which streams a step draws from; called in a step whose start kept them all."""
+        self.looks_closer = False
         then, now = self.streams, _numpy_state()
         self._uses_python = then.python is not None and random.getstate() != then.python
         self._uses_numpy = then.numpy is not None and now is not None and not _same(now, then.numpy)
 
     def look_closer(self) -> None:
         """Keep all streams of the next step, for :meth:`notice`."""
-        self._uses_python = self._uses_numpy = True
+        self._uses_python = self._uses_numpy = self.looks_closer = True
 
     def put_back(self) -> None:
         """Write the remembered values into the buffers that the model has now, be they stand-ins of a quarantine."""
         with torch.no_grad():
             for (module, key), kept in zip(self._entries, self._kept, strict=True):
-                x = _buffer(module, key)
+                x = _home(module).get(key)
                 if x is not None and kept is not None and x.shape == kept.shape:
                     x.copy_(kept)
 
@@ -128,35 +138,30 @@ class Snapshot:
         }
         return {path: kept.clone() for path, kept in found.items() if kept is not None}
 
-    def _may_have_changed(self, place: int, x: Tensor | None, version: int) -> bool:
-        small = x is not None and not is_lazy(x) and x.numel() <= SMALL
-        return small or self._versions[place] != version or x is not self._live[place]
-
-    def _now(self) -> Iterator[tuple[Tensor | None, int]]:
-        for module, key in self._entries:
-            x = _buffer(module, key)
-            lazy = x is None or is_lazy(x) or x.is_inference()
-            yield x, -1 if lazy or x is None else x._version  # noqa: SLF001  (no public name)
-
-    def _copy(self, places: list[int]) -> None:
-        fresh: list[Tensor] = []
-        kept: list[Tensor] = []
-        for place in places:
-            module, key = self._entries[place]
-            x, old = _buffer(module, key), self._kept[place]
-            self._live[place] = x
+    def _begin(self) -> None:
+        """Copy everything: at the first time, and where a buffer was replaced by another tensor."""
+        self._live = [home.get(key) for (_, key), home in zip(self._entries, self._homes, strict=True)]
+        self._kept, self._large = [], {}
+        groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+        for place, x in enumerate(self._live):
             if x is None or is_lazy(x) or x.is_inference():
-                self._kept[place] = None
+                self._kept.append(None)
                 continue
-            self._versions[place] = x._version  # noqa: SLF001  (the same)
-            if old is None or old.shape != x.shape or old.dtype != x.dtype or old.device != x.device:
-                self._kept[place] = x.detach().clone()
+            copy = x.detach().clone()
+            self._kept.append(copy)
+            if x.numel() > SMALL or x.requires_grad:
+                self._large[place] = x._version  # noqa: SLF001  (no public name)
             else:
-                fresh.append(x.detach())
-                kept.append(old)
-        if fresh:
-            with torch.no_grad():
-                torch._foreach_copy_(kept, fresh)
+                pair = groups.setdefault((x.dtype, x.device), ([], []))
+                pair[0].append(copy)
+                pair[1].append(x)
+        self._pairs = list(groups.values())
+
+    def _copy_large(self, place: int, version: int) -> None:
+        x, kept = self._live[place], self._kept[place]
+        if x is not None and kept is not None and x._version != version:  # noqa: SLF001  (the same)
+            self._large[place] = x._version  # noqa: SLF001  (the same)
+            kept.copy_(x.detach())
 
     def _cuda_device(self) -> torch.device | None:
         if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -169,9 +174,19 @@ def _keys(module: nn.Module) -> list[str]:
     return [key for key, _ in module.named_buffers(recurse=False)]
 
 
-def _buffer(module: nn.Module, key: str) -> Tensor | None:
-    x = getattr(module, key, None)  # a ScriptModule keeps its buffers out of sight
-    return x if isinstance(x, Tensor) else None
+class _OutOfSight:
+    """The buffers of a ScriptModule, which are attributes alone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def get(self, key: str) -> Tensor | None:
+        x = getattr(self._module, key, None)
+        return x if isinstance(x, Tensor) else None
+
+
+def _home(module: nn.Module) -> Any:
+    return _OutOfSight(module) if isinstance(module, torch.jit.ScriptModule) else module._buffers  # noqa: SLF001  (theirs)
 
 
 def _numpy_state() -> Any:

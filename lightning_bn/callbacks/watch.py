@@ -59,7 +59,7 @@ class LossReader:
 
 
 def are_bad(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of many tensors holds NaN or infinity; reads the host once where all is well.
+    """Whether any of many tensors holds NaN or infinity; on a GPU it waits once where all is well.
 
     The fused 2-norm takes NaN and infinity along, and overflows on large finite values: what it suspects is
     confirmed value by value.
@@ -67,10 +67,26 @@ def are_bad(tensors: Sequence[Tensor]) -> bool:
     Args:
         tensors: floating-point or complex tensors, such as all gradients; others are passed over.
     """
+    if all(type(x) is Tensor for x in tensors):
+        try:
+            finite = _norms_are_finite(list(tensors))
+        except (RuntimeError, NotImplementedError):  # sparse ones, integers, several devices
+            finite = False
+        if finite:
+            return False
     norms = [torch.stack(torch._foreach_norm(group)) for group in _groups(tensors)]  # noqa: SLF001  (no public name)
-    if all(math.isfinite(float(norm.sum().item())) for norm in norms):
+    if all(math.isfinite(norm.sum().item()) for norm in norms):
         return False
     return any(not bool(torch.isfinite(_local(x)).all()) for x in tensors)
+
+
+def _norms_are_finite(tensors: list[Tensor]) -> bool:
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(tensors)  # noqa: SLF001  (no public name)
+    if tensors[0].device.type == "cpu":  # where reading a number costs less than adding two up
+        return all(math.isfinite(norm.item()) for norm in norms)
+    return math.isfinite(torch.stack(norms).sum().item())
 
 
 def gradients_of(optimizer: Optimizer) -> list[Tensor]:

@@ -39,6 +39,8 @@ def invalid_operation(fault: Fault, *, after: str) -> Finding:
 def advice_for(fault: Fault) -> str:
     """One action, by the kind of operation."""
     name = fault.operation.name.removesuffix("_") if not fault.operation.name.startswith("_") else fault.operation.name
+    if any(entry.seen is not None and entry.seen.nan for entry in fault.inputs):
+        return "keep this NaN out of what is differentiated: select the good values before anything is computed of them"
     if name in MEANS and any(not entry.seen.count for entry in fault.inputs if entry.seen):
         return "nothing was selected: skip this term, or divide by max(count, 1), where the selection is empty"
     advices = (
@@ -60,5 +62,7 @@ def advice_for(fault: Fault) -> str:
 
 
 def _what(fault: Fault) -> str:
+    if any(entry.seen is not None and entry.seen.nan for entry in fault.inputs):
+        return "NaN that no operation made"
     finite = all(entry.seen is None or entry.seen.is_finite for entry in fault.inputs)
     return "finite values" if finite else "infinities that were meant"

@@ -34,7 +34,7 @@ def traced_cause(seen: Replayed, history: History) -> list[Finding]:
         The findings; none where the replay was finite, or where it cannot be told where bad values came from.
     """
     causes: list[Finding | None] = []
-    if isinstance(seen.origin, Outside) and seen.origin.kind != "unknown":
+    if isinstance(seen.origin, Outside):
         causes = [_outside(seen, origin, history) for origin in (seen.origin, *seen.more)]
     elif isinstance(seen.origin, Fault):
         causes = [_operation(seen, seen.origin, history)]

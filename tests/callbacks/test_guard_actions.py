@@ -56,6 +56,24 @@ def run(make_trainer, build, callbacks, **options):
     return everything_after(trainer, model)
 
 
+class Teacher(Healthy):
+    """Its step moves the average of another network's weights and fills a queue."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net)
+        self.register_buffer("queue", torch.zeros(16, 4))
+        self.place = 0
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for mine, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                mine.mul_(0.9).add_(other, alpha=0.1)
+            self.queue[self.place : self.place + 8] = self.teacher(batch[0])
+            self.place = (self.place + 8) % 16
+        return super().training_step(batch, batch_idx) + (self(batch[0]) - self.queue.mean(0)).pow(2).mean()
+
+
 VARIATIONS = {
     "plain": (Busy, {}),
     "accumulation": (Busy, {"accumulate_grad_batches": 3}),
@@ -63,6 +81,7 @@ VARIATIONS = {
     "clipping": (Busy, {"gradient_clip_val": 0.1}),
     "manual, two optimizers": (Manual, {}),
     "GAN": (lambda: Gan(sick=False), {}),
+    "a step that writes to weights": (Teacher, {}),
 }
 
 

@@ -230,7 +230,7 @@ def test_an_exception_after_an_overflow_is_explained():
 def test_a_variance_overflow_inside_a_compiled_module_is_found():
     """Running statistics are looked at where no hook reaches: what the pass changed, it used."""
     rows, _ = blamed(torch.compile(variance_overflow(), backend="eager"))
-    assert rows == [("poisoned-running-statistics", "error", "1")]
+    assert rows == [("overflowed-running-statistics", "error", "1")]
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["the whole model", "a submodule"])

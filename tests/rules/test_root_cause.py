@@ -152,20 +152,36 @@ def test_a_loss_that_takes_the_logarithm_of_zero_is_named_alone():
 def test_a_running_variance_that_overflows_is_named():
     """The loss stays finite for this step; the layer whose variance overflowed is named all the same."""
     (finding,) = verdict(specimens.variance_overflow(), batch())
-    assert kinds([finding]) == [("poisoned-running-statistics", "error", "1")]
+    assert kinds([finding]) == [("overflowed-running-statistics", "error", "1")]
     assert finding.data["posinf"] > 0
     assert finding.data["finite_before"] is True
 
 
 @pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-def test_statistics_that_were_bad_before_are_named_and_no_module_is(statistic, mode):
-    """Running statistics loaded with NaN are the cause, in training as in evaluation."""
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        pytest.param(NAN, "poisoned-running-statistics", id="NaN"),
+        pytest.param(INF, "overflowed-running-statistics", id="+inf"),
+    ],
+)
+def test_statistics_that_were_bad_before_are_named_and_no_module_is(statistic, mode, value, rule):
+    """Running statistics loaded with NaN or infinity are the cause, in training as in evaluation."""
     net = specimens.network().train(mode)
-    getattr(net[4], statistic)[0] = NAN
+    getattr(net[4], statistic)[0] = value
+    (finding,) = verdict(net, batch())
+    assert kinds([finding]) == [(rule, "error", "4")]
+    assert finding.data["finite_before"] is False
+
+
+def test_statistics_with_nan_and_infinity_are_poisoned_alone():
+    """NaN outweighs an overflow of the same layer: one finding, with both counts."""
+    net = specimens.network()
+    net[4].running_var[0], net[4].running_var[1] = NAN, INF
     (finding,) = verdict(net, batch())
     assert kinds([finding]) == [("poisoned-running-statistics", "error", "4")]
-    assert finding.data["finite_before"] is False
+    assert (finding.data["nan"], finding.data["posinf"]) == (1, 1)
 
 
 def test_bad_statistics_of_a_layer_that_does_not_run_are_no_finding():

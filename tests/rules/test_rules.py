@@ -8,6 +8,7 @@ import json
 import math
 import pkgutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,20 +16,29 @@ import torch
 from lightning_bn import rules
 from lightning_bn.findings import Severity
 from lightning_bn.first_pass import Call
+from lightning_bn.operations import Fault, Operation, Range
 from lightning_bn.outlook import Prediction
 from lightning_bn.rules.affine_drift import Watched, affine_drift
+from lightning_bn.rules.diverged_by_learning_rate import History, diverged_by_learning_rate
+from lightning_bn.rules.invalid_gradient import invalid_gradient
+from lightning_bn.rules.invalid_operation import invalid_operation
 from lightning_bn.rules.large_initial_loss import large_initial_loss
+from lightning_bn.rules.little_headroom import little_headroom
 from lightning_bn.rules.monitor_failed import monitor_failed
 from lightning_bn.rules.non_finite_input import non_finite_input
-from lightning_bn.rules.non_finite_loss import non_finite_loss
+from lightning_bn.rules.non_finite_loss import non_finite_loss, untraced_loss
 from lightning_bn.rules.non_finite_output import culprit_of, non_finite_output
 from lightning_bn.rules.non_finite_parameter import non_finite_parameter
+from lightning_bn.rules.non_finite_target import non_finite_target
 from lightning_bn.rules.not_initialised import could_not_fill, left_alone, replaced_by_checkpoint
 from lightning_bn.rules.not_watched import not_watched
-from lightning_bn.rules.overflow_by_initialisation import overflow_by_initialisation
+from lightning_bn.rules.overflow_by_initialisation import overflow_by_initialisation, overflowed_at_start
+from lightning_bn.rules.overflow_by_range import overflow_by_range
+from lightning_bn.rules.overflowed_running_statistics import overflowed_running_statistics
 from lightning_bn.rules.overwritten_weights import overwritten_weights
 from lightning_bn.rules.poisoned_running_statistics import poisoned_running_statistics
 from lightning_bn.rules.unmatched_layers import unmatched_layers
+from lightning_bn.source import Line, Spot
 from lightning_bn.stats.finite import Census
 
 FINE = Census(8, 0, 0, 0, 2.5)
@@ -38,19 +48,57 @@ NEGINF = Census(8, 0, 0, 4, 2.5)
 CALL = Call("net.2", "Softplus", FINE, FINE, torch.float32, ((4, 2),), 0.75)
 SICK = replace(CALL, outputs=NAN)
 WATCHED = Watched("val_loss", 0.5, 3, 0.8)
+LINE = Line("model.py", 7, "forward", "y = torch.log(x)")
+FAULT = Fault(
+    Operation(5, "log", Spot("net.2", "Softplus", LINE)),
+    (Range((4, 2), "float32", -1.0, 2.5, 3, FINE, "net.2.weight"),),
+    (2.0,),
+    Range((4, 2), "float32", 0.0, 2.5, 0, POSINF),
+    "finite",
+    (Operation(4, "relu", Spot("net.1", "ReLU", None)),),
+    (("net.0", 1e2), ("net.1", 1e8)),
+)
+SLOPE = replace(FAULT, operation=replace(FAULT.operation, node="LogBackward0", at=LINE))
+DIVERGED = History(9, 2.0, (4.0, 9.0), 0.5, 20.0, (0.1,))
 
 EXAMPLES = [
     pytest.param("affine-drift", affine_drift({"norm": (0.25, 0.1)}, {"norm": (0.2, 0.1)}, WATCHED), id="drift"),
+    pytest.param(
+        "diverged-by-learning-rate", diverged_by_learning_rate(FAULT, DIVERGED, what="a thing"), id="diverged"
+    ),
+    pytest.param(
+        "diverged-by-learning-rate", diverged_by_learning_rate(None, DIVERGED, what="a thing"), id="diverged weight"
+    ),
+    pytest.param(
+        "invalid-gradient", invalid_gradient(SLOPE, parameter="a.weight", parameters=2, loss=0.5), id="gradient"
+    ),
+    pytest.param(
+        "invalid-gradient", invalid_gradient(None, parameter="a.weight", parameters=2, loss=None), id="no slope"
+    ),
+    pytest.param("invalid-operation", invalid_operation(FAULT, after="so it went"), id="operation"),
+    pytest.param("little-headroom", little_headroom("net.2", 3e4, torch.float16), id="headroom"),
     pytest.param("large-initial-loss", large_initial_loss(100.0, 2.3), id="initial loss"),
     pytest.param(
         "overflow-by-initialisation",
         overflow_by_initialisation(Prediction("net.2", 2, 6, 7.8, 8000.0, torch.float16), "1000"),
         id="overflow",
     ),
+    pytest.param("overflow-by-initialisation", overflowed_at_start(FAULT), id="overflow at the start"),
+    pytest.param("overflow-by-range", overflow_by_range(FAULT, after="so it went"), id="range"),
+    pytest.param("overflow-by-range", overflow_by_range(SLOPE, after="so it went"), id="range of a slope"),
+    pytest.param(
+        "overflowed-running-statistics", overflowed_running_statistics("n", FINE, POSINF, used=True), id="overflowed"
+    ),
     pytest.param("overwritten-weights", overwritten_weights({"net.0.weight": "trained"}, 2, "he"), id="overwritten"),
     pytest.param("monitor-failed", monitor_failed("NaNGuard", "setup", KeyError("x")), id="monitor failed"),
     pytest.param("non-finite-input", non_finite_input("batch[0]", (2, 5), NAN, spread=True), id="input"),
     pytest.param("non-finite-input", non_finite_input("batch[0]", (2, 5), NAN, spread=False), id="masked input"),
+    pytest.param(
+        "non-finite-input", non_finite_input("batch[0]", (2,), NAN, spread=True, after="so it went"), id="traced input"
+    ),
+    pytest.param("non-finite-target", non_finite_target("batch[1]", (2,), NAN, after="so it went"), id="target"),
+    pytest.param("non-finite-loss", untraced_loss(math.inf), id="untraced loss"),
+    pytest.param("non-finite-loss", untraced_loss(math.inf, "val_loss"), id="logged loss"),
     pytest.param("non-finite-loss", non_finite_loss(NAN, heard=9, arrived=None, unseen={}), id="loss"),
     pytest.param(
         "non-finite-output", non_finite_output(SICK, harmless=False, outcome="so it went", unseen={}), id="output"
@@ -144,6 +192,22 @@ def test_an_input_finding_names_path_sample_and_numbers():
     assert non_finite_input("batch[0]", (), NAN, spread=True).evidence.startswith("batch[0]: 3 of 8")
 
 
+@pytest.mark.parametrize("judge", [non_finite_target, partial(non_finite_input, spread=True)], ids=["target", "input"])
+def test_what_became_of_the_step_is_told_of_a_bad_sample(judge):
+    """What a replay showed ends the evidence, and takes the place of what the modules alone can say."""
+    evidence = judge("batch[1]", (2, 5), NAN, after="the loss is NaN").evidence
+    assert evidence.startswith("batch[1], sample 2: 3 of 8 values are NaN, the first at index [2, 5]")
+    assert evidence.endswith("; the loss is NaN")
+    assert "outputs or the loss" not in evidence
+
+
+def test_a_loss_that_is_known_by_its_log_alone_is_named():
+    """The name that it was logged under is told, and the advice is to return it."""
+    finding = untraced_loss(math.nan, "val_loss")
+    assert finding.evidence.startswith("val_loss is nan over the whole loop")
+    assert finding.advice.startswith("return the loss")
+
+
 @pytest.mark.parametrize(
     ("loss", "kind"),
     [
@@ -228,34 +292,6 @@ def test_overflow_is_told_from_a_bad_operation(outputs, overflow):
         replace(CALL, outputs=outputs, dtype=torch.float16), harmless=False, outcome="so it went", unseen={}
     )
     assert ("outgrew float16" in finding.advice) is overflow
-
-
-@pytest.mark.parametrize(
-    ("after", "used", "found"),
-    [
-        pytest.param(FINE, True, False, id="finite"),
-        pytest.param(NAN, True, True, id="NaN"),
-        pytest.param(POSINF, True, True, id="overflow"),
-        pytest.param(NAN, False, False, id="a layer that did not run"),
-    ],
-)
-def test_running_statistics_are_judged_where_they_are_used(after, used, found):
-    """Non-finite running statistics are an error in a layer that ran."""
-    assert (poisoned_running_statistics("norm", FINE, after, used=used) is not None) is found
-
-
-@pytest.mark.parametrize(
-    ("before", "words"),
-    [
-        pytest.param(FINE, "they were finite before", id="new"),
-        pytest.param(NAN, "they were not finite before either", id="inherited"),
-    ],
-)
-def test_poisoned_statistics_say_whether_they_were_before(before, words):
-    """What this pass did is told from what it inherited."""
-    finding = poisoned_running_statistics("norm", before, POSINF, used=True)
-    assert finding.evidence == f"running statistics after the forward pass: 2 of 8 values are +inf; {words}"
-    assert finding.data["finite_before"] is before.is_finite
 
 
 @pytest.mark.parametrize(
