@@ -68,15 +68,16 @@ def first_pass_table(layers: Mapping[str, Summary], ends: Mapping[str, float]) -
         ends: largest number of the dtype that each output is held in, by layer.
 
     Returns:
-        The table; ``range used`` is the largest absolute value as a share of that number. Empty without layers.
+        The table; ``headroom`` is the factor by which the largest value may grow before that range ends. Empty without
+        layers.
     """
     if not layers:
         return ""
-    rows = ["| layer | std | largest abs | range used |", "|---|---:|---:|---:|"]
+    rows = ["| layer | std | largest abs | headroom |", "|---|---:|---:|---:|"]
     for name, row in layers.items():
         end = ends.get(name)
-        used = "" if not end or not math.isfinite(row.absmax) else f"{row.absmax / end:.1%}"
-        rows.append(f"| `{name or '(the model)'}` | {row.std:.4g} | {row.absmax:.4g} | {used} |")
+        left = f"× {end / row.absmax:.2g}" if end and row.absmax and math.isfinite(row.absmax) else ""
+        rows.append(f"| `{name or '(the model)'}` | {row.std:.4g} | {row.absmax:.4g} | {left} |")
     return "\n".join(rows)
 
 

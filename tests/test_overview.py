@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_bn.overview import activation_overview, activation_table, drift_overview, spread
+from lightning_bn.overview import activation_overview, activation_table, drift_overview, first_pass_table, spread
 from lightning_bn.stats.moments import Summary
 
 NAN, INF = math.nan, math.inf
@@ -149,3 +149,11 @@ def test_drift_that_is_not_known_is_not_logged(start, best, names):
     """Only what was measured gets a scalar."""
     found = drift_overview(start, iter(best))
     assert {name.removeprefix("bn_overview/").rpartition("_")[0] for name in found} == names
+
+
+def test_the_table_of_the_first_pass_has_one_row_a_layer_with_its_headroom():
+    """Headroom is the end of the range over the largest value; unknown where that is 0 or not finite."""
+    rows = {"a": Summary(8, 0.0, 2.0, 4.0, 0.0), "": Summary(8, 0.0, 0.0, 0.0, 1.0)}
+    table = first_pass_table(rows, {"a": 65504.0, "": 65504.0}).split("\n")
+    assert table[2:] == ["| `a` | 2 | 4 | × 1.6e+04 |", "| `(the model)` | 0 | 0 |  |"]
+    assert first_pass_table({}, {}) == ""

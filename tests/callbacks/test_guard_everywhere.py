@@ -362,7 +362,7 @@ def test_the_guard_reads_nothing_on_the_host_in_the_forward_pass(make_trainer):
 
 
 def test_the_report_on_the_first_pass_has_a_table_over_depth_and_a_figure(make_trainer):
-    """Standard deviation, largest value and share of the range, layer by layer, under tags of their own."""
+    """Standard deviation, largest value and headroom, layer by layer, under tags of their own."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
 
     trainer = make_trainer(NaNGuard(), num_sanity_val_steps=1)
@@ -370,7 +370,7 @@ def test_the_report_on_the_first_pass_has_a_table_over_depth_and_a_figure(make_t
     events = EventAccumulator(trainer.log_dir).Reload()
     for tag in ("bn_first_pass", "bn_first_validation"):
         text = events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
-        assert "| layer | std | largest abs | range used |" in text
+        assert "| layer | std | largest abs | headroom |" in text
         assert "| `net.0` |" in text
         assert events.Images(f"{tag}/signal")
 
