@@ -26,6 +26,7 @@ from lightning_bn.operations import (
     in_float64,
     largest,
     measured,
+    overwritten,
     scalars_of,
     state,
     tensors_of,
@@ -59,6 +60,7 @@ class _Mark:
     origin: Origin | None = None
     meant: bool = False  # infinities that a literal put there
     inside: bool = False  # made in this pass
+    computed: bool = False  # made with parameters
     name: str = ""  # of a parameter, a buffer or a tensor of the batch
     kind: str = ""
 
@@ -133,7 +135,8 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         kwargs = kwargs or {}
         if self._alone and func.namespace in TALK:
             raise CollectiveError(f"{func} in a replay that other ranks may not run")
-        came = [_Came(x, state(x), self._known(x)) for x in tensors_of(args, kwargs)]
+        lost = {id(x) for x in overwritten(func, args, kwargs)}
+        came = [_Came(x, FINITE if id(x) in lost else state(x), self._known(x)) for x in tensors_of(args, kwargs)]
         for x in filter(_has_storage, written_to(func, args, kwargs)):
             if not self._marks[_key(x)].inside:
                 self.writes.keep(x)
@@ -215,7 +218,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         met = [entry for entry in came if entry.mark is None or entry.mark.origin is not origin]
         if any(entry.mark is not None and entry.mark.kind == "parameter" for entry in met):
             self._mixed[id(origin)] = "parameter"
-        elif any(entry.tensor.requires_grad for entry in met):
+        elif any(entry.mark is not None and entry.mark.computed for entry in met):
             self._mixed[id(origin)] = "activation"
 
     def _write(
@@ -224,16 +227,18 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if not _has_storage(x):
             return
         old = self._mark_of(x)
+        computed = any(source.computed or source.kind == "parameter" for source in sources)
         covers = x.numel() * x.element_size() >= x.untyped_storage().nbytes()
         if old is not None and any(old is source for source in sources):
             # A view, or a change in place. What it does not cover stays as it was; what it does keeps its name.
             if covers or origin is not None:
                 old.origin, old.meant = origin, meant
+            old.computed = old.computed or computed
             if operation.name.endswith("_"):
                 others = (source for source in sources if source is not old)
                 old.sources, old.writer = (replace(old), *others), operation
             return
-        self._marks[_key(x)] = _Mark(_weakly(x), operation, sources, origin, meant, inside=True)
+        self._marks[_key(x)] = _Mark(_weakly(x), operation, sources, origin, meant, inside=True, computed=computed)
 
     def _known(self, x: Tensor) -> _Mark | None:
         """The mark of a tensor, which was there before anything ran if it has none yet."""

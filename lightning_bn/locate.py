@@ -62,10 +62,11 @@ def locate_nonfinite(
     )
     if seen.phase == "" and seen.error:
         raise RuntimeError(f"model must run on these arguments, got {seen.error}")
+    # Whether these are the weights that the model started from is not known here: hence no first step.
     if isinstance(seen.origin, Outside):
         path = seen.origin.path.replace("batch[0]", "args", 1).replace("batch[1]", "kwargs", 1)
         seen = replace(seen, origin=replace(seen.origin, path=path))
-    return next(iter([*traced_cause(seen, History()), *statistics]), None)
+    return next(iter([*traced_cause(seen, History(step=1)), *statistics]), None)
 
 
 def _backward(loss: Tensor) -> None:

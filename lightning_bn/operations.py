@@ -18,6 +18,11 @@ from lightning_bn.stats.finite import Census, census, is_measurable, read
 FINITE, INFINITE, NAN = 0, 1, 2
 """What a tensor holds at worst: only finite values, infinities but no NaN, NaN."""
 
+FILLING = frozenset(
+    {"copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_", "normal_", "uniform_", "bernoulli_", "exponential_"}
+)
+"""Operations in place that use nothing of what was there."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -208,6 +213,14 @@ def written_to(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         return []
     given = dict(zip((entry.name for entry in arguments), args, strict=False)) | kwargs
     return tensors_of([given.get(name) for name in changed])
+
+
+def overwritten(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments whose old values do not matter: those given as ``out``, and what is filled as a whole."""
+    if func.overloadpacket.__name__ in FILLING:
+        return tensors_of(args[:1])
+    names = {entry.name for entry in func._schema.arguments if entry.is_out}  # noqa: SLF001  (the same)
+    return tensors_of([kwargs.get(name) for name in names])
 
 
 def as_before(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:

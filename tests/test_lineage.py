@@ -53,9 +53,20 @@ def through_a_list(x):
     return torch.stack(parts).sum()
 
 
+def garbage():
+    """Memory as ``torch.empty`` may give it."""
+    return torch.empty(2, 2).fill_(float("nan"))
+
+
 def out_argument(x):
-    y = torch.empty(2, 2)
+    y = garbage()
     torch.log(x - 10, out=y)
+    return y.sum()
+
+
+def filled_garbage(x):
+    y = garbage()
+    y[:] = torch.log(x - 10)
     return y.sum()
 
 
@@ -67,6 +78,9 @@ CASES = {
     "overwritten": (overwritten, None),
     "through a list in place": (through_a_list, "sqrt"),
     "out argument": (out_argument, "log"),
+    "garbage filled": (filled_garbage, "log"),
+    "garbage drawn over": (lambda x: garbage().normal_().sum(), None),
+    "garbage left": (lambda x: (garbage() * x).sum(), "fill_"),
     "meant infinity": (lambda x: x.masked_fill(MASK, float("-inf")), None),
     "NaN of meant infinities": (lambda x: torch.softmax(x.masked_fill(MASK, float("-inf")), 1), "_softmax"),
     "difference of meant infinities": (lambda x: x.masked_fill(MASK, float("inf")) * 0, "mul"),

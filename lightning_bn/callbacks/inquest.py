@@ -95,7 +95,10 @@ def inquire(
         except Exception as error:  # noqa: BLE001  (a batch that cannot be copied, a step that waits for other ranks)
             reason = f"its replay failed: {type(error).__name__}: {error}"
         else:
-            if found := traced_cause(seen, course.history(trainer, pl_module)):
+            history = course.history(trainer, pl_module)
+            if case.stage != "training_step" and not trainer.sanity_checking:
+                history = replace(history, step=max(history.step, 1))  # no weights to start from
+            if found := traced_cause(seen, history):
                 return Verdict([placed(finding, case) for finding in found], conclusive=True)
             reason = "a replay of the step was finite, so it depends on something that no replay restores"
     note = not_watched(f"the operation that made {'the loss' if loss is not None else 'a gradient'} bad", reason)

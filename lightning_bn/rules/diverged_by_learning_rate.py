@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from lightning_bn.findings import Finding, Severity
 from lightning_bn.operations import Fault
-from lightning_bn.rules.account import place_of, plain
+from lightning_bn.rules.account import plain
 
 RULE = "diverged-by-learning-rate"
-ROSE = 2.0
-"""By what the last finite loss must exceed the first one; see docs/rules for the evidence."""
-GREW = 30.0
-"""By what the largest weight must exceed that of the first step."""
+GREW = 100.0
+"""By what factor the largest weight must exceed that of the first step; docs/rules has the evidence."""
+ROSE, GREW_WITH_LOSS = 2.0, 3.0
+"""What is enough where both loss and weights tell: factors of the last finite loss and of the largest weight."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,20 @@ class History:
     @property
     def rose(self) -> bool:
         """Whether the loss had risen well above that of the first step."""
-        return bool(self.step and self.losses and self.first and abs(self.losses[-1]) > ROSE * abs(self.first))
+        if not self.step or not self.losses or self.first is None:
+            return False
+        return self.losses[-1] > self.first + (ROSE - 1) * abs(self.first)
 
     @property
-    def grew(self) -> bool:
-        """Whether the weights had grown out of proportion."""
-        known = self.weight_at_start and self.weight
-        return bool(self.step and known and self.weight > GREW * self.weight_at_start)  # type: ignore[operator]
+    def growth(self) -> float:
+        """Factor by which the largest weight has grown since the first step; 1 where it is not known."""
+        known = self.step and self.weight_at_start and self.weight
+        return self.weight / self.weight_at_start if known else 1.0  # type: ignore[operator]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the weights had grown out of proportion, or well beyond their start while the loss rose."""
+        return self.growth > GREW or (self.rose and self.growth > GREW_WITH_LOSS)
 
     def describe(self) -> str:
         """The course of loss and weights in words; empty where nothing is known."""
@@ -68,17 +75,15 @@ def diverged_by_learning_rate(fault: Fault | None, history: History, *, what: st
         what: what is not finite, in words.
 
     Returns:
-        An ``error`` where it is not the first step, and either the loss had risen above twice that of the first step
-        or the largest weight had grown thirtyfold; else None.
+        An ``error`` where it is not the first step, and the largest weight had grown a hundredfold, or threefold while
+        the loss had risen above twice that of the first step; else None.
     """
-    if not (history.rose or history.grew):
+    if not history.diverged:
         return None
     rates = ", ".join(f"{rate:g}" for rate in history.learning_rates)
     evidence = f"{what}, first in step {history.step}; {history.describe()}"
     if rates:
         evidence += f"; learning rate {rates}"
-    if fault is not None:
-        evidence += f"; the numbers ended in {fault.operation.name} {place_of(fault.operation)}"
     advice = "lower the learning rate (by ten, to begin with), warm it up, or clip the gradient norm"
     data = {
         "first_step": history.step,

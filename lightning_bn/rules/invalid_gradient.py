@@ -10,18 +10,18 @@ from lightning_bn.rules.account import before_it, inputs_of, outcome_of, place_o
 RULE = "invalid-gradient"
 ADVICES = (
     (("Sqrt", "Rsqrt"), "the slope of a root at 0 is infinite: add a small number inside the root"),
-    (("Norm", "Cdist"), "a norm has no slope at 0: add a small number inside, or leave the zeros out"),
     (
-        ("Log", "Div", "Reciprocal", "Xlogy"),
+        ("Log", "Log2", "Log10", "Log1P", "Div", "Reciprocal", "Xlogy"),
         "keep the argument away from 0 before the operation, not by torch.where behind it",
     ),
     (("Pow",), "a power below 1 has an infinite slope at 0: clamp the base away from 0"),
     (("Acos", "Asin", "Atanh", "Erfinv"), "clamp the argument to the open interval: the slope at its ends is infinite"),
     (
-        ("Svd", "Eigh", "LinalgEig", "Qr"),
+        ("LinalgSvd", "LinalgEigh", "LinalgEig", "LinalgQr"),
         "the derivative needs distinct singular values or eigenvalues: add a small noise",
     ),
 )
+"""By the name of the operation that is differentiated, as autograd's node has it in front of ``Backward``."""
 
 
 def invalid_gradient(fault: Fault | None, *, parameter: str, parameters: int, loss: float | None) -> Finding:
@@ -53,6 +53,6 @@ def invalid_gradient(fault: Fault | None, *, parameter: str, parameters: int, lo
 
 def advice_for(fault: Fault) -> str:
     """One action, by the kind of operation that is differentiated."""
-    node = fault.operation.node
-    fitting = (advice for names, advice in ADVICES if any(name in node for name in names))
+    differentiated = fault.operation.node.partition("Backward")[0]
+    fitting = (advice for names, advice in ADVICES if differentiated in names)
     return next(fitting, f"look at the derivative of this line: {fault.operation.name} has no finite value there")

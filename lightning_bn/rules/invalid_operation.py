@@ -8,13 +8,13 @@ from lightning_bn.operations import Fault
 from lightning_bn.rules.account import before_it, inputs_of, outcome_of, place_of, plain
 
 RULE = "invalid-operation"
-LOGARITHMS = frozenset({"log", "log2", "log10", "log1p", "xlogy", "special_xlog1py", "logit"})
+LOGARITHMS = frozenset({"log", "log2", "log10", "xlogy"})
 ROOTS = frozenset({"sqrt", "rsqrt"})
 QUOTIENTS = frozenset({"div", "reciprocal", "true_divide", "remainder", "fmod", "addcdiv"})
 MEANS = frozenset({"mean", "nanmean", "std", "var", "std_mean", "var_mean"})
 LIKELIHOODS = frozenset({"nll_loss_forward", "nll_loss2d_forward", "nll_loss", "nll_loss2d", "cross_entropy_loss"})
 SOFTMAXES = frozenset({"_softmax", "_log_softmax", "softmax", "log_softmax", "logsumexp"})
-BOUNDED = frozenset({"acos", "asin", "atanh", "acosh", "erfinv", "special_ndtri"})
+BOUNDED = frozenset({"acos", "asin", "atanh", "acosh", "erfinv", "special_ndtri", "logit"})
 SPREAD = frozenset({"std", "var", "std_mean", "var_mean"})
 
 
@@ -48,6 +48,7 @@ def advice_for(fault: Fault) -> str:
             LOGARITHMS,
             "keep its argument above 0: clamp(min=1e-7), or log_softmax and logsigmoid in place of a logarithm",
         ),
+        (frozenset({"log1p", "special_xlog1py"}), "keep its argument above -1: clamp(min=-1 + 1e-7)"),
         (ROOTS, "keep its argument above 0: add a small number inside the root"),
         (QUOTIENTS, "keep the divisor away from 0: add a small number to it, or divide only where it is not 0"),
         (SPREAD, "a single value has no unbiased variance: pass correction=0, or more values"),

@@ -27,7 +27,8 @@ def non_finite_loss(loss: Census, *, heard: int, arrived: str | None, unseen: Ma
         return None
     kind = "NaN" if loss.nan else "+inf" if loss.posinf else "-inf"
     if arrived is None:
-        place = f"no input, no weight and none of {heard} module outputs holds NaN or +inf"
+        modules = f"no weight and none of {heard} module outputs holds" if heard else "and no weight holds"
+        place = f"no input{',' if heard else ''} {modules} NaN or +inf"
         advice = "look in training_step after the forward pass: a logarithm of 0, a root, or a mean over nothing"
     else:
         place = f"NaN or +inf came into {arrived or 'the model'} already, and none was seen in batch or weights"

@@ -43,9 +43,13 @@ def overflow_by_range(fault: Fault, *, after: str) -> Finding:
 
 def is_overflow(fault: Fault) -> bool:
     """Whether values were too large for their dtype, and no operation was undefined for them."""
-    name = fault.operation.name.removesuffix("_")
     infinite = fault.output.seen is not None and bool(fault.output.seen.posinf + fault.output.seen.neginf)
-    return fault.wide == "finite" or (name in EXPONENTIALS and infinite)
+    return fault.wide == "finite" or (is_exponential(fault) and infinite)
+
+
+def is_exponential(fault: Fault) -> bool:
+    """Whether the operation grows so fast that no dtype is wide enough."""
+    return fault.operation.name.removesuffix("_") in EXPONENTIALS
 
 
 def range_of(fault: Fault) -> float:
@@ -59,7 +63,7 @@ def is_narrow(fault: Fault) -> bool:
 
 
 def _advice(fault: Fault) -> str:
-    if fault.operation.name.removesuffix("_") in EXPONENTIALS:
+    if is_exponential(fault):
         return "subtract the maximum before the exponential (logsumexp and softmax do), or clamp its argument"
     if is_narrow(fault):
         return "use bfloat16 or float32 for this operation, or smaller weights in front of it"

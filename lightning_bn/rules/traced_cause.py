@@ -17,7 +17,7 @@ from lightning_bn.rules.non_finite_loss import untraced_loss
 from lightning_bn.rules.non_finite_parameter import non_finite_parameter
 from lightning_bn.rules.non_finite_target import non_finite_target
 from lightning_bn.rules.overflow_by_initialisation import overflowed_at_start
-from lightning_bn.rules.overflow_by_range import is_narrow, is_overflow, overflow_by_range
+from lightning_bn.rules.overflow_by_range import is_exponential, is_narrow, is_overflow, overflow_by_range
 from lightning_bn.rules.root_cause import statistics_fault
 
 RUNNING = frozenset({"running_mean", "running_var"})
@@ -60,12 +60,13 @@ def outcome(seen: Replayed) -> str:
 def _operation(seen: Replayed, fault: Fault, history: History) -> Finding:
     after = outcome(seen)
     if is_overflow(fault):
-        what = f"{fault.operation.name} {place_of(fault.operation)} is beyond the range of {fault.output.dtype}"
+        which = ", backward of what ran" if fault.operation.node else ""
+        what = f"{fault.operation.name}{which} {place_of(fault.operation)}: beyond the range of {fault.output.dtype}"
         diverged = diverged_by_learning_rate(fault, history, what=what)
         if diverged is not None:
             return diverged
-        at_start = None if history.step or is_narrow(fault) or fault.operation.node else overflowed_at_start(fault)
-        return at_start or overflow_by_range(fault, after=after)
+        by_start = not (history.step or is_narrow(fault) or is_exponential(fault) or fault.operation.node)
+        return (overflowed_at_start(fault) if by_start else None) or overflow_by_range(fault, after=after)
     if fault.operation.node:
         return invalid_gradient(fault, parameter=seen.parameter, parameters=seen.parameters, loss=seen.loss)
     if seen.phase == "gradient":
