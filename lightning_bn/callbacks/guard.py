@@ -46,6 +46,7 @@ class Watch:
         inquests: how many replays there were.
         skipped: how many steps were dropped in a row.
         pending: what this rank found and the others do not know yet.
+        judges_gradients: whether bad gradients are a fault; not while a gradient scaler looks for its scale.
         spared: BatchNorm layers whose statistics were bad before anything ran.
     """
 
@@ -63,6 +64,7 @@ class Watch:
     skipped: int = 0
     pending: list[Verdict] = field(default_factory=list)
     spared: frozenset[str] = frozenset()
+    judges_gradients: bool = True
     statistics: list[Tensor] = field(default_factory=list)
 
 

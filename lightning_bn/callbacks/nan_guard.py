@@ -17,11 +17,13 @@ from lightning_bn.callbacks.eval_guard import EvalGuard
 from lightning_bn.callbacks.first_look import FirstLook
 from lightning_bn.callbacks.guard import NOTHING, Action, Watch
 from lightning_bn.callbacks.inquest import Verdict, inquire, merged
-from lightning_bn.callbacks.retrace import Case
+from lightning_bn.callbacks.retrace import Case, cannot_retrace
 from lightning_bn.callbacks.snapshot import Snapshot
-from lightning_bn.callbacks.watch import are_bad, gradients_in, gradients_of, has_scaler, unscaled
+from lightning_bn.callbacks.watch import are_bad, gradients_in, gradients_of, has_scaler, scale_is_spent, unscaled
 from lightning_bn.findings import Finding, NonFiniteError, Severity
 from lightning_bn.first_pass import running_statistics
+from lightning_bn.quarantine import lazy_tensors
+from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.sinks import Loggers
 
 if TYPE_CHECKING:
@@ -90,7 +92,12 @@ class NaNGuard(EvalGuard):
     @shielded
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make ready for the first batch; called by Lightning."""
-        self._watch = Watch(snapshot=Snapshot(pl_module), awaits_verdict=True)
+        judges = not has_scaler(trainer)
+        self._watch = Watch(snapshot=Snapshot(pl_module), awaits_verdict=True, judges_gradients=judges)
+        case = Case("training_step", None, 0)
+        why = None if lazy_tensors(pl_module) else cannot_retrace(trainer, pl_module, case)
+        if why is not None:
+            self.emit(not_watched("the operation that makes a step bad", why))
         bad = (name for name, row in running_statistics(pl_module).items() if not row.is_finite)
         self._watch.spared = frozenset(bad)
 
@@ -155,7 +162,7 @@ class NaNGuard(EvalGuard):
         watch.case = None
         if closes and is_due(trainer, self.every_n_steps):
             self._statistics_are_bad(trainer, pl_module)
-            self._look_closer()
+            self._look_closer(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the running statistics that validation is about to use; called by Lightning."""
@@ -182,7 +189,8 @@ class NaNGuard(EvalGuard):
         self.live.hooks.close()
 
     @shielded
-    def _look_closer(self) -> None:
+    def _look_closer(self, trainer: Trainer) -> None:
+        self._watch.judges_gradients = not has_scaler(trainer) or scale_is_spent(trainer)
         if self._watch.snapshot is not None:
             self._watch.snapshot.look_closer()
 
@@ -225,7 +233,7 @@ class NaNGuard(EvalGuard):
 
     def _judge_gradients(self, trainer: Trainer, pl_module: LightningModule, gradients: list[Tensor]) -> None:
         """Where ranks share their gradients all see the same; else they ask each other."""
-        bad = False if has_scaler(trainer) else bool(self._are_bad(gradients))
+        bad = self._watch.judges_gradients and self._are_bad(gradients)
         together = trainer.world_size > 1 and window_closes(trainer)
         if together and not _shares_gradients(trainer):
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)

@@ -110,6 +110,12 @@ def has_scaler(trainer: Trainer) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
+def scale_is_spent(trainer: Trainer) -> bool:
+    """Whether a gradient scaler has come below 1, where bad gradients are not the scale's doing; reads the host."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and scaler.is_enabled() and scaler.get_scale() < 1
+
+
 def unscaled(trainer: Trainer, loss: Tensor) -> Tensor:
     """The loss without the factor of the gradient scaler, which Lightning multiplies it by before backward.
 

@@ -140,6 +140,17 @@ def test_gradients_that_overflow_under_a_gradient_scaler_are_no_fault(make_train
     assert guard.findings == []
 
 
+def test_gradients_that_stay_bad_when_the_scale_is_spent_are_a_fault(make_trainer):
+    """NaN that no scale can mend would halve the scale and skip steps for ever: below 1 it is traced."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    guard = NaNGuard()
+    trainer = make_trainer(guard, max_epochs=4, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    with pytest.raises(NonFiniteError):
+        trainer.fit(RootAtZero(), loader())
+    assert guard.findings[0].data["line"] == line_of(RootAtZero)
+    assert trainer.global_step > 2
+
+
 def test_a_bad_loss_under_a_gradient_scaler_is_a_fault(make_trainer):
     """The loss itself is judged without its scale."""
     guard = NaNGuard()
@@ -297,6 +308,7 @@ def test_a_step_that_takes_its_batches_itself_says_that_it_cannot_be_replayed(ma
     with pytest.raises(NonFiniteError, match="non-finite-loss"):
         make_trainer(guard).fit(Iterates(), loader())
     assert any("dataloader_iter" in found.evidence for found in guard.findings)
+    assert guard.findings[0].rule == "not-watched"  # said at the start, not only when it is needed
 
 
 def test_a_raw_backward_is_watched_by_its_gradients(make_trainer):
