@@ -175,9 +175,9 @@ def fit(subject: Subject, callbacks: list[Callback], device: str = "cpu", **opti
 
 ON_CPU = {
     "MLP, 2 x 64": Subject(mlp, lambda size: torch.randn(size, 64), batch=32, block=50),
-    "ResNet-18": Subject(lambda: resnet([2, 2, 2, 2]), lambda size: torch.randn(size, 3, 32, 32), batch=16, block=2),
+    "ResNet-18": Subject(lambda: resnet([2, 2, 2, 2]), lambda size: torch.randn(size, 3, 32, 32), batch=16, block=1),
     "transformer, 3 x 128": Subject(
-        lambda: Encoder(128, 3, 64), lambda size: torch.randint(VOCABULARY, (size, 64)), batch=16, block=5
+        lambda: Encoder(128, 3, 64), lambda size: torch.randint(VOCABULARY, (size, 64)), batch=16, block=2
     ),
 }
 ON_GPU = {

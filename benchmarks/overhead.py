@@ -2,7 +2,7 @@
 """What the monitors cost: paired with plain training, in one process.
 
 Run:     python benchmarks/overhead.py [--steps 60] [--rounds 7]
-         OMP_NUM_THREADS=1 python benchmarks/overhead.py --only nan_guard [--device cuda] [--rounds 15]
+         OMP_NUM_THREADS=1 python benchmarks/overhead.py --only nan_guard [--device cuda] [--rounds 31]
 Output:  a markdown table: median over the rounds of (time with monitors) / (time without), with the smallest and the
          largest ratio. The first row pairs plain training with itself: what it differs from 1 by is noise.
          With --only, the monitor comes and goes in one and the same fit, a few steps at a time; two more tables say
@@ -277,7 +277,7 @@ def main() -> None:
     """Print the setting, and what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="timed steps in each run (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, help="pairs of runs (default: 7; with --only: 15)")
+    parser.add_argument("--rounds", type=int, help="pairs of runs (default: 7; with --only: 31)")
     parser.add_argument("--only", choices=ONLY, help="measure one monitor alone, and closely")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="with --only: where (%(default)s)")
     options = parser.parse_args()
@@ -285,7 +285,7 @@ def main() -> None:
         parser.error("--device cuda needs a GPU that torch can use")
     logging.disable()
     warnings.simplefilter("ignore")
-    rounds = options.rounds or (15 if options.only else 7)
+    rounds = options.rounds or (31 if options.only else 7)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     setting = f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads"
     if options.only:

@@ -50,7 +50,7 @@ class CollectiveError(RuntimeError):
     """A pass that one rank runs alone would wait for the others."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Mark:
     """What is known of a storage."""
 
@@ -286,13 +286,13 @@ def _place(mark: _Mark | None) -> int:
 def _earlier(marks: list[_Mark]) -> list[Operation]:
     """The operations that made some tensors, and those before them, the latest first."""
     found: dict[int, Operation] = {}
-    queue = list(marks)
+    queue, visited = list(marks), set(map(id, marks))
     while queue and len(found) < STEPS_BEFORE:
         queue.sort(key=lambda mark: mark.writer.place if mark.writer else -1)
         mark = queue.pop()
-        if mark.writer is None:
-            continue
-        if mark.writer.name not in PLUMBING:
+        if mark.writer is not None and mark.writer.name not in PLUMBING:
             found.setdefault(mark.writer.place, mark.writer)
-        queue.extend(source for source in mark.sources if source not in queue)
+        fresh = [source for source in mark.sources if id(source) not in visited]
+        visited.update(map(id, fresh))
+        queue.extend(fresh)
     return list(found.values())

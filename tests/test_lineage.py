@@ -247,3 +247,16 @@ def test_nan_that_the_user_wrote_out_leads_to_the_line_that_wrote_it():
     found = origin(lambda x: (x.masked_fill(x > 0, float("nan")) * 2).sum(), X.clone())
     assert name_of(found) == "masked_fill"
     assert name_of(origin(lambda x: (x + torch.tensor(float("nan"))).sum(), X.clone())) == "constant"
+
+
+def test_tensors_that_were_made_of_each_other_in_place_end_the_search():
+    """Two tensors that are added to each other again and again are no endless story."""
+
+    def swing(x):
+        a, b = x.clone(), x.clone()
+        for _ in range(20):
+            a.add_(b)
+            b.add_(a)
+        return torch.log(-a.abs())
+
+    assert [entry.name for entry in origin(swing, X.clone()).before] == ["neg", "abs", "add_", "add_"]

@@ -185,6 +185,19 @@ def test_a_bad_sample_of_validation_is_named(make_trainer, sample):
     assert errors(guard) == [("non-finite-input", None)]
 
 
+def test_a_bad_target_of_validation_is_told_from_a_bad_input(make_trainer):
+    """Where no gradients are kept, what the network has computed is known all the same."""
+
+    class Regression(Returns):
+        def validation_step(self, batch, batch_idx):
+            return nn.functional.mse_loss(self(torch.nan_to_num(batch[0])), batch[0][:, :CLASSES])
+
+    guard = NaNGuard()
+    with pytest.raises(NonFiniteError):
+        make_trainer(guard).fit(Regression(), loader(), loader(plant=plant(19)))
+    assert errors(guard) == [("non-finite-target", None)]
+
+
 def test_the_sanity_check_finds_it_before_the_first_step(make_trainer):
     """Validation comes first there: no weight has changed."""
     guard = NaNGuard()
