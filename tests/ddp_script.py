@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from specimens import Healthy, LogOfNegative, LogOfZeroInLoss, loader, network, with_module
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -110,6 +111,22 @@ class LateValidation(OwnData):
         return loader(plant=change if RANK == 1 else None)
 
 
+class LateSharded(OwnData):
+    """FSDP2: each rank holds a part of each gradient, and rank 1 alone makes them bad."""
+
+    def __init__(self):
+        super().__init__(network(norm=False))
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  (a heavy import)
+
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(self(batch[0]), batch[1])
+        return loss + torch.sqrt(loss * 0) if RANK == 1 and batch_idx == 2 else loss
+
+
 LATE = ("sample", "statistics", "gradient", "loss", "talks", "loss without gradient")
 
 
@@ -128,13 +145,23 @@ SCENARIOS = {
     "nan in the loss": lambda: ([NaNGuard("raise")], OwnLoss()),
     **{f"late {kind}": (lambda kind=kind: ([NaNGuard("raise")], Late(kind))) for kind in LATE},
     **{f"skip {kind}": (lambda kind=kind: ([NaNGuard("skip")], Late(kind))) for kind in ("loss", "gradient")},
+    "late sharded": lambda: ([NaNGuard("raise")], LateSharded()),
     "late validation": lambda: ([NaNGuard("raise")], LateValidation()),
     "breaks on rank 1": lambda: ([BreaksOnRankOne(every_n_steps=1), BatchNormMonitor()], OwnData()),
 }
 
 
 def weights_of(model: LightningModule) -> float:
-    return sum(float(parameter.double().abs().sum()) for parameter in model.parameters())
+    whole = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in model.parameters())
+    return sum(float(parameter.double().abs().sum()) for parameter in whole)
+
+
+def strategy_of(scenario: str) -> DDPStrategy | ModelParallelStrategy:
+    if scenario == "late sharded":
+        return ModelParallelStrategy(
+            data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo", timeout=timedelta(seconds=60)
+        )
+    return DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
 
 
 def main(scenario: str, root: str) -> None:
@@ -143,7 +170,7 @@ def main(scenario: str, root: str) -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)),
+        strategy=strategy_of(scenario),
         use_distributed_sampler=scenario == "demo",
         max_epochs=2,
         log_every_n_steps=2,
@@ -167,7 +194,8 @@ def main(scenario: str, root: str) -> None:
         "off": [callback.off for callback in callbacks],
         "findings": [finding.rule for callback in callbacks for finding in callback.findings],
         "weights": weights_of(model),
-        "finite": all(bool(torch.isfinite(x).all()) for x in model.state_dict().values()),
+        "finite": all(math.isfinite(float(x.double().sum())) for x in model.buffers())
+        and math.isfinite(weights_of(model)),
         "rows": rows,
     }
     Path(root, f"rank{RANK}.json").write_text(json.dumps(report))

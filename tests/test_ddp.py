@@ -132,6 +132,15 @@ def test_a_step_that_talks_to_other_ranks_is_not_replayed_and_nobody_waits(tmp_p
     assert any("in a replay that other ranks may not run" in finding.evidence for finding in findings)
 
 
+def test_sharded_gradients_are_agreed_on_before_any_rank_raises(tmp_path):
+    """Under FSDP2 each rank sees its part: they ask each other, raise together, and say why nothing was replayed."""
+    ranks = run("late sharded", tmp_path)
+    assert ranks[0]["error"] == ranks[1]["error"]
+    assert "invalid-gradient" in ranks[0]["error"]
+    assert ranks[0]["steps"] == ranks[1]["steps"] == 2
+    assert ranks[0]["finite"] and ranks[1]["finite"]  # noqa: PT018
+
+
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_skip_drops_the_step_on_all_ranks(tmp_path, kind):
     """A bad batch on one rank is dropped on both: training goes on with equal and finite weights and statistics."""
