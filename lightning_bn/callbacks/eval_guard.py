@@ -32,6 +32,7 @@ class EvalGuard(Guard):
     def _forget_evaluation(self) -> None:
         self._eval_case: Case | None = None
         self._sent: tuple[Case, LossReader] | None = None
+        self._bad_before: set[str] = set()  # what was logged as bad before the loop began
         self._looked = False
         self._told = False
 
@@ -43,13 +44,13 @@ class EvalGuard(Guard):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take note of a batch; called by Lightning."""
-        self._begin_evaluation(pl_module, Case("validation_step", batch, batch_idx, dataloader_idx))
+        self._begin_evaluation(trainer, pl_module, Case("validation_step", batch, batch_idx, dataloader_idx))
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take note of a batch; called by Lightning."""
-        self._begin_evaluation(pl_module, Case("test_step", batch, batch_idx, dataloader_idx))
+        self._begin_evaluation(trainer, pl_module, Case("test_step", batch, batch_idx, dataloader_idx))
 
     def on_validation_batch_end(  # noqa: PLR0917  (Lightning's signature)
         self,
@@ -84,12 +85,13 @@ class EvalGuard(Guard):
         self._close_evaluation(trainer, pl_module, "test_step")
 
     @shielded
-    def _begin_evaluation(self, pl_module: LightningModule, case: Case) -> None:
+    def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule, case: Case) -> None:
         if self._watch.spoilt:
             return
         self._eval_case = case
-        if case.batch_idx == 0:
+        if case.batch_idx == 0 and case.dataloader_idx == 0:
             self._told = False
+            self._bad_before = _bad_losses(trainer)
         if not self._looked:
             self._looked = True
             self._listen_to(FirstLook(pl_module, case.batch, TAG, "First forward pass in validation"))
@@ -155,8 +157,7 @@ class EvalGuard(Guard):
     def _judge_logged(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         """The loss of a step that returns none is seen in what it logged, at the end."""
         case = self._eval_case
-        bad = [name for name, value in trainer.logged_metrics.items() if "loss" in name and not math.isfinite(value)]
-        names = [name for name in bad if not name.startswith("train")]
+        names = sorted(_bad_losses(trainer) - self._bad_before)
         if self._told or not names or case is None or case.stage != stage:
             return
         self._told = True
@@ -164,3 +165,8 @@ class EvalGuard(Guard):
         self._watch.bad_case = case if verdict.conclusive else None
         plain = untraced_loss(float(trainer.logged_metrics[names[0]]), name=names[0])
         self._watch.pending.append(verdict if verdict.conclusive else Verdict([plain], conclusive=False))
+
+
+def _bad_losses(trainer: Trainer) -> set[str]:
+    """Names of the logged losses that are not finite; reads the host."""
+    return {name for name, value in trainer.logged_metrics.items() if "loss" in name and not math.isfinite(value)}

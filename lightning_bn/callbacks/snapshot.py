@@ -81,7 +81,7 @@ class Snapshot:
         self._kept: list[Tensor | None] = [None] * len(self._entries)
         self._large: dict[int, int] = {}  # place: version
         self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # copies and small buffers, by dtype and device
-        self._device: torch.device | None = None
+        self._waits = False  # for lazy buffers to get their shape
         self._uses_python = self._uses_numpy = True
         self.looks_closer = True
         """Whether all streams of the present step are kept, so that :meth:`notice` can tell which it draws from."""
@@ -97,7 +97,7 @@ class Snapshot:
             _numpy_state() if self._uses_numpy else None,
         )
         for (_, key), home, known in zip(self._entries, self._homes, self._live, strict=True):
-            if home.get(key) is not known:
+            if home.get(key) is not known or self._waits:
                 self._begin()
                 return
         for kept, live in self._pairs:
@@ -141,11 +141,12 @@ class Snapshot:
     def _begin(self) -> None:
         """Copy everything: at the first time, and where a buffer was replaced by another tensor."""
         self._live = [home.get(key) for (_, key), home in zip(self._entries, self._homes, strict=True)]
-        self._kept, self._large = [], {}
+        self._kept, self._large, self._waits = [], {}, False
         groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
         for place, x in enumerate(self._live):
             if x is None or is_lazy(x) or x.is_inference():
                 self._kept.append(None)
+                self._waits = self._waits or (x is not None and is_lazy(x))
                 continue
             copy = x.detach().clone()
             self._kept.append(copy)

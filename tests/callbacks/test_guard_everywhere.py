@@ -219,6 +219,20 @@ def test_a_loss_that_is_only_logged_is_seen_at_the_end_of_the_loop(make_trainer)
     assert errors(guard) == [("non-finite-loss", None)]
 
 
+def test_a_training_loss_that_was_logged_as_nan_is_not_laid_to_validation(make_trainer):
+    """After a step that was dropped, a healthy validation is silent."""
+
+    class Logs(Healthy):
+        def training_step(self, batch, batch_idx):
+            loss = self.loss(self(batch[0]), batch[1])
+            self.log("loss", loss)
+            return loss
+
+    guard = NaNGuard("skip")
+    make_trainer(guard, max_epochs=2).fit(Logs(), loader(plant=plant(27)), loader())
+    assert errors(guard) == [("non-finite-input", None)]
+
+
 @pytest.mark.parametrize("loop", ["validate", "test"])
 def test_validate_and_test_alone_are_guarded(make_trainer, loop):
     """``trainer.validate`` and ``trainer.test`` raise the report as a fit does, and it is on disk."""

@@ -129,3 +129,17 @@ def test_streams_that_no_step_draws_from_are_not_kept():
     snapshot.take()
     assert snapshot.streams.numpy is not None
     assert snapshot.streams.python is None
+
+
+@pytest.mark.filterwarnings("ignore:.*Lazy modules")
+def test_lazy_buffers_are_kept_from_when_they_have_a_shape():
+    """Running statistics of a lazy BatchNorm layer are put back from the second step on."""
+    net = nn.Sequential(nn.LazyBatchNorm1d())
+    snapshot = Snapshot(net)
+    snapshot.take()
+    net(torch.randn(8, 3))
+    snapshot.take()
+    before = {name: x.clone() for name, x in net.named_buffers()}
+    net(torch.randn(8, 3))
+    snapshot.put_back()
+    assert all(torch.equal(x, before[name]) for name, x in net.named_buffers())
