@@ -190,7 +190,7 @@ class Monitor(Identity, _Callback):
         """Everything but what belongs to a fit in progress: copies and pickles are as good as new."""
         # Lightning hangs two methods of the model, and with them the model, on every callback of a fit.
         state = {name: value for name, value in self.__dict__.items() if name not in {"log", "log_dict"}}
-        return {**state, "_live": None, "_place": None}
+        return {**state, "_live": None, "_place": None, "_key": None}
 
     @shielded
     def _begin(self, trainer: Trainer) -> None:

@@ -19,13 +19,16 @@ class Identity:
     """Names of the constructor arguments that say what an instance watches."""
 
     _place: int | None = None
+    _key: str | None = None
 
     @property
     def state_key(self) -> str:
         """The key of this callback's state in a checkpoint; read by Lightning."""
         if self._place is None:
             return f"{self.stem}@{id(self)}"
-        return self.stem if self._place == 0 else f"{self.stem}#{self._place + 1}"
+        if self._key is None:  # Lightning asks at every hook of every step
+            self._key = self.stem if self._place == 0 else f"{self.stem}#{self._place + 1}"
+        return self._key
 
     @property
     def stem(self) -> str:
@@ -40,6 +43,7 @@ class Identity:
             callbacks: all callbacks of the trainer, this one among them.
         """
         kin = [entry for entry in callbacks if isinstance(entry, Identity) and entry.stem == self.stem]
+        self._key = None
         self._place = next((place for place, entry in enumerate(kin) if entry is self), 0)
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
+SMALL = 1 << 17
+"""Number of values up to which gradients are looked at in one piece."""
+
 
 class LossReader:
     """Bring the loss of each step to the host, on a GPU without waiting for what is queued behind it.
@@ -83,7 +86,9 @@ def are_bad(tensors: Sequence[Tensor]) -> bool:
 def _norms_are_finite(tensors: list[Tensor]) -> bool:
     if not tensors:
         return True
-    norms = torch._foreach_norm(tensors)  # noqa: SLF001  (no public name)
+    if sum(map(Tensor.numel, tensors)) <= SMALL:  # one copy of all costs less than one norm of each
+        return math.isfinite(torch._C._nn.flatten_dense_tensors(tensors).sum().item())  # noqa: SLF001  (no public name)
+    norms = torch._foreach_norm(tensors)  # noqa: SLF001  (the same)
     if tensors[0].device.type == "cpu":  # where reading a number costs less than adding two up
         return all(math.isfinite(norm.item()) for norm in norms)
     return math.isfinite(torch.stack(norms).sum().item())
