@@ -86,7 +86,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         alone: whether other ranks may not run the same: the pass ends where it would wait for them.
 
     Example:
-        >>> with Lineage(Names(nn.Identity())) as lineage:
+        >>> with Lineage(Names(torch.nn.Identity())) as lineage:
         ...     y = torch.log(torch.zeros(2)) * 0
         >>> lineage.origin_of(y).operation.name
         'log'

@@ -46,6 +46,7 @@ def locate_nonfinite(
         ValueError: where lazy modules have not seen data yet.
 
     Example:
+        >>> import torch
         >>> found = locate_nonfinite(nn.Softplus(), torch.ones(2), loss_fn=lambda y: torch.log(y - y).sum())
         >>> found.rule, found.data["operation"]
         ('invalid-operation', 'log')

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,7 @@ def _norms_are_finite(tensors: list[Tensor]) -> bool:
     if not tensors:
         return True
     if sum(map(Tensor.numel, tensors)) <= SMALL:  # one copy of all costs less than one norm of each
-        return math.isfinite(torch._C._nn.flatten_dense_tensors(tensors).sum().item())  # noqa: SLF001  (no public name)
+        return cmath.isfinite(torch._C._nn.flatten_dense_tensors(tensors).sum().item())  # noqa: SLF001  (no public name)
     norms = torch._foreach_norm(tensors)  # noqa: SLF001  (the same)
     if tensors[0].device.type == "cpu":  # where reading a number costs less than adding two up
         return all(math.isfinite(norm.item()) for norm in norms)
