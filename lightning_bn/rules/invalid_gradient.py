@@ -8,7 +8,7 @@ from lightning_bn.operations import Fault
 from lightning_bn.rules.account import before_it, inputs_of, outcome_of, place_of, plain
 
 RULE = "invalid-gradient"
-ADVICES = (
+REMEDIES = (
     (("Sqrt", "Rsqrt"), "the slope of a root at 0 is infinite: add a small number inside the root"),
     (
         ("Log", "Log2", "Log10", "Log1P", "Div", "Reciprocal", "Xlogy"),
@@ -54,5 +54,5 @@ def invalid_gradient(fault: Fault | None, *, parameter: str, parameters: int, lo
 def advice_for(fault: Fault) -> str:
     """One action, by the kind of operation that is differentiated."""
     differentiated = fault.operation.node.partition("Backward")[0]
-    fitting = (advice for names, advice in ADVICES if differentiated in names)
+    fitting = (advice for names, advice in REMEDIES if differentiated in names)
     return next(fitting, f"look at the derivative of this line: {fault.operation.name} has no finite value there")

@@ -43,7 +43,7 @@ def advice_for(fault: Fault) -> str:
         return "keep this NaN out of what is differentiated: select the good values before anything is computed of them"
     if name in MEANS and any(not entry.seen.count for entry in fault.inputs if entry.seen):
         return "nothing was selected: skip this term, or divide by max(count, 1), where the selection is empty"
-    advices = (
+    remedies = (
         (
             LOGARITHMS,
             "keep its argument above 0: clamp(min=1e-7), or log_softmax and logsigmoid in place of a logarithm",
@@ -58,7 +58,7 @@ def advice_for(fault: Fault) -> str:
         (frozenset({"pow"}), "no fractional power of a negative number and no negative power of 0: clamp the base"),
         (frozenset({"empty", "empty_like", "empty_strided", "new_empty"}), "fill the memory before it is read"),
     )
-    fitting = (advice for names, advice in advices if name in names)
+    fitting = (advice for names, advice in remedies if name in names)
     return next(fitting, f"look at what {name} computes from these values")
 
 
