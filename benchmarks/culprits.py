@@ -259,7 +259,10 @@ def print_answers(tools: Sequence[str], seeds: int) -> None:
             cells.append(f"{tally}{named}" if found else "not installed")
         print(f"| {name} | {fault.planted} | {' | '.join(cells)} |", flush=True)
     sums = [
-        ", ".join(f"{counts[tool][verdict]} {verdict}" for verdict in ("right", "wrong", "silent")) for tool in TOOLS
+        ", ".join(f"{counts[tool][verdict]} {verdict}" for verdict in ("right", "wrong", "silent"))
+        if tool in tools
+        else ""
+        for tool in TOOLS
     ]
     print(f"| **all but the control** | | {' | '.join(sums)} |", flush=True)
 

@@ -158,42 +158,40 @@ def timed(callback: Callback) -> dict[str, list[float]]:
 
 
 class Reads(TorchDispatchMode):
-    """Counts the values that come to the host, step by step, apart for the forward pass and the rest."""
+    """Counts the values that a device gives to the host, step by step, apart for the forward pass and the rest."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self.forward = False
+        self.device, self.forward = device, False
         self.steps: list[list[int]] = [[0, 0]]
 
-    def begin(self, *_: object) -> None:
-        """The forward pass begins: on a GPU nothing may wait for it."""
-        self.forward = True
+    def turn(self, *_: object, forward: bool) -> None:
+        """The forward pass begins or ends; within it nothing may wait for a GPU."""
+        self.forward = forward
         if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("error")
-
-    def end(self, *_: object) -> None:
-        """The forward pass is over."""
-        self.forward = False
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode("error" if forward else "default")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count an operation that makes the host wait; called by torch."""
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        reads = name in READS and args[0].device.type == self.device
         comes = name in MOVES and out.device.type == "cpu" and args[name == "copy_"].device.type != "cpu"
-        self.steps[-1][not self.forward] += name in READS or comes
+        self.steps[-1][not self.forward] += reads or comes
         return out
 
 
 def host_reads(subject: Subject, callbacks: list[Callback], device: str) -> list[list[int]]:
     """Values brought to the host in each step: in the forward pass, and in the rest of it."""
-    reads = Reads()
+    reads = Reads(device)
     # The last callback sees the forward pass begin when the others have made ready, the first one sees it end.
-    last = LambdaCallback(on_train_batch_start=reads.begin, on_train_batch_end=lambda *_: reads.steps.append([0, 0]))
+    begins, ends = (partial(reads.turn, forward=forward) for forward in (True, False))
+    last = LambdaCallback(on_train_batch_start=begins, on_train_batch_end=lambda *_: reads.steps.append([0, 0]))
     with reads:
-        around = [LambdaCallback(on_before_backward=reads.end), *callbacks, last]
+        around = [LambdaCallback(on_before_backward=ends), *callbacks, last]
         fit(subject, around, device, max_steps=COUNTED, max_epochs=-1, log_every_n_steps=COUNTED)
+    if any(getattr(callback, "off", False) for callback in callbacks):
+        raise RuntimeError("a monitor that was watched has failed, so its reads were not all counted")
     return reads.steps[:COUNTED]
 
 

@@ -26,6 +26,7 @@ from lightning_bn.operations import (
     in_float64,
     largest,
     measured,
+    outside_of,
     overwritten,
     scalars_of,
     state,
@@ -33,13 +34,15 @@ from lightning_bn.operations import (
     written_to,
 )
 from lightning_bn.source import Names, Spot, spot
-from lightning_bn.stats.finite import census, first_bad_index, is_measurable, read
+from lightning_bn.stats.finite import is_measurable
 from lightning_bn.writes import Writes
 
 MULTIPLYING = frozenset({"addmm", "mm", "bmm", "baddbmm", "convolution", "addmv", "mv", "linear"})
 """Operations whose outputs tell how the signal grows over depth."""
 PLUMBING = frozenset({"clone", "detach", "constant", "_to_copy", "copy_", "ones_like", "zeros", "zeros_like", "expand"})
 """Operations that move values or fill memory, and explain nothing."""
+COPYING = frozenset({"_to_copy", "clone"})
+"""Operations whose result stands for what they were given."""
 TALK = frozenset({"c10d", "_c10d_functional", "c10d_functional", "symm_mem"})
 """Namespaces of the operations that wait for other processes."""
 CHECKPOINT = "checkpoint.py"
@@ -115,7 +118,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         with _disable_current_modes():
             if state(x) == FINITE or mark.origin is not None:
                 return
-            outside = _outside(kind, path, x)
+            outside = outside_of(kind, path, x)
         # Of -inf alone one may assume that it is there on purpose.
         mark.meant = outside.seen.level < NAN
         mark.origin = None if mark.meant else outside
@@ -238,7 +241,10 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
                 others = (source for source in sources if source is not old)
                 old.sources, old.writer = (replace(old), *others), operation
             return
-        self._marks[_key(x)] = _Mark(_weakly(x), operation, sources, origin, meant, inside=True, computed=computed)
+        mark = _Mark(_weakly(x), operation, sources, origin, meant, inside=True, computed=computed)
+        if operation.name in COPYING and len(sources) == 1:  # under autocast the weights are cast first
+            mark.name, mark.kind = sources[0].name, sources[0].kind
+        self._marks[_key(x)] = mark
 
     def _known(self, x: Tensor) -> _Mark | None:
         """The mark of a tensor, which was there before anything ran if it has none yet."""
@@ -255,10 +261,6 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
 def _sequence_number() -> int:
     """The number that autograd gives to the next node; that of the node of this operation is one less."""
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]  # noqa: SLF001  (no public name)
-
-
-def _outside(kind: Any, path: str, x: Tensor) -> Outside:
-    return Outside(kind, path, first_bad_index(x) or (), read([census(x)])[0])
 
 
 def _key(x: Tensor) -> int:

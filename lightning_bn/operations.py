@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from lightning_bn.source import Line, Spot
-from lightning_bn.stats.finite import Census, census, is_measurable, read
+from lightning_bn.stats.finite import Census, census, first_bad_index, is_measurable, read
 
 FINITE, INFINITE, NAN = 0, 1, 2
 """What a tensor holds at worst: only finite values, infinities but no NaN, NaN."""
@@ -161,6 +161,11 @@ def measured(x: Tensor, name: str = "") -> Range:
     finite = flat[torch.isfinite(flat)]
     low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
     return Range(shape, dtype, low, high, int((flat == 0).sum()), seen, name)
+
+
+def outside_of(kind: Any, path: str, x: Tensor) -> Outside:
+    """A tensor that is not finite before anything runs, with its census; reads the host."""
+    return Outside(kind, path, first_bad_index(x) or (), read([census(x)])[0])
 
 
 def largest(x: Tensor) -> float:

@@ -70,7 +70,7 @@ def overflowed_at_start(fault: Fault) -> Finding | None:
         f"{fault.sizes[-1][0]}, and this is layer {place}; its inputs: {inputs_of(fault)}"
     )
     advice = "initialise with he (WeightInit('he')), which keeps the size of the signal from layer to layer"
-    data = {**plain(fault), "place": place, "growth": factor, "dtype": fault.output.dtype, "kind": "observed"}
+    data = {**plain(fault), "place": place, "growth": factor, "dtype": fault.output.dtype}
     return Finding(RULE, Severity.ERROR, evidence, advice, fault.operation.spot.layer or None, data=data)
 
 

@@ -61,16 +61,20 @@ def test_a_bad_sample_is_named_in_any_step(make_trainer, value, step):
     assert (found.rule, found.step, found.data["index"]) == ("non-finite-input", step, [5, 3])
 
 
-def test_a_bad_target_is_told_from_a_bad_input(make_trainer):
-    """NaN that meets only the network's outputs is a target's."""
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_bad_target_is_told_from_a_bad_input(make_trainer, precision):
+    """NaN that meets only the network's outputs is a target's; weights that are cast first are weights."""
 
     def plant(inputs):
         inputs[2, 1] = float("nan")
 
     guard = NaNGuard()
     with pytest.raises(NonFiniteError):
-        make_trainer(guard).fit(BadTarget(), loader(plant=plant))
+        make_trainer(guard, precision=precision).fit(BadTarget(), loader(plant=plant))
     assert [(found.rule, found.data["index"][0]) for found in guard.findings] == [("non-finite-target", 2)]
+    with pytest.raises(NonFiniteError):
+        make_trainer(other := NaNGuard(), precision=precision).fit(Healthy(), loader(plant=plant))
+    assert [(found.rule, found.data["index"][0]) for found in other.findings] == [("non-finite-input", 2)]
 
 
 def test_a_bad_sample_that_is_masked_is_not_blamed_for_another_fault(make_trainer):
