@@ -145,6 +145,7 @@ SCENARIOS = {
     "nan in the loss": lambda: ([NaNGuard("raise")], OwnLoss()),
     **{f"late {kind}": (lambda kind=kind: ([NaNGuard("raise")], Late(kind))) for kind in LATE},
     **{f"skip {kind}": (lambda kind=kind: ([NaNGuard("skip")], Late(kind))) for kind in ("loss", "gradient")},
+    "skip first": lambda: ([NaNGuard("skip")], OwnData(plant=True)),
     "late sharded": lambda: ([NaNGuard("raise")], LateSharded()),
     "late validation": lambda: ([NaNGuard("raise")], LateValidation()),
     "breaks on rank 1": lambda: ([BreaksOnRankOne(every_n_steps=1), BatchNormMonitor()], OwnData()),

@@ -151,6 +151,16 @@ def test_skip_drops_the_step_on_all_ranks(tmp_path, kind):
     assert ranks[0]["finite"] and ranks[1]["finite"]  # noqa: PT018
 
 
+def test_skip_drops_a_first_step_that_is_bad_on_one_rank_alone(tmp_path):
+    """The verdict on the first pass binds all ranks, and none waits for the other."""
+    ranks = run("skip first", tmp_path)
+    assert ranks[0]["error"] is ranks[1]["error"] is None
+    assert ranks[0]["steps"] == ranks[1]["steps"] == 8
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["finite"] and ranks[1]["finite"]  # noqa: PT018
+    assert {finding.rule for finding in read_findings(tmp_path / "run" / "version_0")} == {"non-finite-input"}
+
+
 def test_a_bad_sample_that_one_rank_validates_on_is_raised_on_all(tmp_path):
     """The ranks meet at the end of the loop."""
     ranks = run("late validation", tmp_path)

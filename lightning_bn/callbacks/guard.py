@@ -108,7 +108,7 @@ class Guard(Monitor):
         """Deal with a bad step: at once, where all ranks are here or there is one, else when they meet."""
         self._watch.is_bad = True
         if together or trainer.world_size == 1:
-            self._settle(trainer, pl_module, verdict or NOTHING)
+            self._settle(trainer, pl_module, verdict or NOTHING, of_step=True)
         elif verdict is not None:
             self._watch.pending.append(verdict)
 
@@ -132,10 +132,12 @@ class Guard(Monitor):
     ) -> Verdict:
         return inquire(trainer, pl_module, case, self._watch.course, loss=loss, backward=backward)
 
-    def _settle(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+    def _settle(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, *, of_step: bool = False) -> None:
         """Put together what all ranks found, report it and act; a collective."""
         # Outside the shield: a rank whose guard failed still takes part in what all ranks do together.
-        by_rank = gather_objects(trainer, [*self._watch.pending, verdict])
+        capped = self._watch.inquests >= MOST_INQUESTS
+        everyone = gather_objects(trainer, ([*self._watch.pending, verdict], capped))
+        by_rank, capped = [entries for entries, _ in everyone], any(flag for _, flag in everyone)
         self._watch.pending = []
         conclusive = any(entry.conclusive for entries in by_rank for entry in entries)
         stamp: dict[str, Any] = {"step": step_of(trainer), "epoch": epoch_of(trainer)}
@@ -151,14 +153,16 @@ class Guard(Monitor):
         errors = [finding for finding in found if finding.severity is Severity.ERROR]
         if errors and self.save_batch and trainer.global_rank in guilty:
             self._save(trainer, pl_module)
-        self._act(trainer, errors)
+        # A step that is bad on one rank is bad on all: they drop it together, or none does.
+        self._watch.is_bad = self._watch.is_bad or (of_step and bool(errors))
+        self._act(trainer, errors, capped=capped)
 
     @shielded
     def _tell(self, found: list[Finding]) -> None:
         for finding in found:
             self.emit(finding)
 
-    def _act(self, trainer: Trainer, errors: list[Finding]) -> None:
+    def _act(self, trainer: Trainer, errors: list[Finding], *, capped: bool) -> None:
         watch = self._watch
         if errors and self.action == "raise":
             self._undo()
@@ -166,7 +170,7 @@ class Guard(Monitor):
         if errors and self.action == "stop":
             trainer.should_stop = True
             watch.drops_update = True
-        if watch.is_bad and self.action == "skip" and (errors or watch.inquests >= MOST_INQUESTS):
+        if watch.is_bad and self.action == "skip" and (errors or capped):
             watch.drops_update = True
             watch.skipped += 1
             if watch.skipped > self.max_skips:

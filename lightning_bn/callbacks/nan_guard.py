@@ -256,7 +256,7 @@ class NaNGuard(EvalGuard):
     ) -> None:
         self._watch.awaits_verdict = not final
         verdict = self._judge_first(trainer, pl_module, loss, final=final)
-        self._settle(trainer, pl_module, verdict or NOTHING)
+        self._settle(trainer, pl_module, verdict or NOTHING, of_step=True)
 
     @shielded
     def _judge_first(
