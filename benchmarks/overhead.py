@@ -3,6 +3,7 @@
 
 Run:     python benchmarks/overhead.py [--steps 60] [--rounds 7]
          OMP_NUM_THREADS=1 python benchmarks/overhead.py --only nan_guard [--device cuda] [--rounds 31]
+        OMP_NUM_THREADS=1 python benchmarks/overhead.py --only activation_monitor [--device cuda] [--rounds 31]
 Output:  a markdown table: median over the rounds of (time with monitors) / (time without), with the smallest and the
          largest ratio. The first row pairs plain training with itself: what it differs from 1 by is noise.
          With --only, the monitor comes and goes in one and the same fit, a few steps at a time; two more tables say
@@ -21,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from functools import partial
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import torch
@@ -45,7 +46,13 @@ MONITORS: dict[str, Callable[[], list[Callback]]] = {
     "ActivationMonitor, every step": lambda: [ActivationMonitor(every_n_steps=1)],
     "BatchNormMonitor, every step": lambda: [BatchNormMonitor(every_n_steps=1)],
 }
-ONLY: dict[str, Callable[[], Callback]] = {"nan_guard": NaNGuard}
+ONLY: dict[str, dict[str, Callable[[], Callback]]] = {
+    "nan_guard": {"NaNGuard": NaNGuard},
+    "activation_monitor": {
+        "ActivationMonitor, every step": lambda: ActivationMonitor(every_n_steps=1, max_overhead=None),
+        "ActivationMonitor, every 50th": lambda: ActivationMonitor(every_n_steps=50),
+    },
+}
 HOOKS = (
     "on_train_batch_start",
     "on_before_backward",
@@ -216,23 +223,33 @@ def only(name: str, device: str, rounds: int) -> None:
     print("| network | with | plain step | extra | x plain | middle half | range |\n|---|---|---:|---:|---:|---|---|")
     for network, subject in subjects.items():
         empty = LambdaCallback(**dict.fromkeys(HOOKS, lambda *_: None))
-        callbacks = {"an empty callback": empty, name: ONLY[name]()}
-        hooks[network] = timed(callbacks[name])
+        watching = {label: make() for label, make in ONLY[name].items()}
+        hooks |= {(network, label): timed(callback) for label, callback in watching.items()}
         noise: dict[str, Callable[[Trainer], Variant]] = {"nothing (noise)": lambda _: nullcontext()}
+        callbacks = {"an empty callback": empty, **watching}
         for variant, pairs in paired(subject, callbacks, noise, rounds, device).items():
             print(f"| {network}, batch {subject.batch} | {variant} | {row(pairs)} |", flush=True)
-    print(f"\n| µs in {name} | {' | '.join(HOOKS)} | all |\n|---|{'---:|' * (len(HOOKS) + 1)}")
-    for network, spent in hooks.items():
-        each = [1e6 * median(spent[hook]) for hook in HOOKS]
-        print(f"| {network} | {' | '.join(f'{value:.0f}' for value in [*each, sum(each)])} |")
+    print(
+        f"\n| µs in its hooks, a mean step | with | {' | '.join(HOOKS)} | all |\n|---|---|{'---:|' * (len(HOOKS) + 1)}"
+    )
+    for (network, label), spent in hooks.items():
+        each = [1e6 * trimmed(spent[hook]) for hook in HOOKS]
+        print(f"| {network} | {label} | {' | '.join(f'{value:.0f}' for value in [*each, sum(each)])} |")
     print_reads(name, subjects, device)
+
+
+def trimmed(seconds: list[float]) -> float:
+    """Mean without the first tenth, which warms up, and without the largest hundredth, which something else held up."""
+    late = sorted(seconds[len(seconds) // 10 :])
+    return mean(late[: len(late) - len(late) // 100] or [0.0])
 
 
 def print_reads(name: str, subjects: dict[str, Subject], device: str) -> None:
     """Count what a monitor brings to the host in a step, beyond what plain training does."""
     print("\n| host reads of a step | forward pass | rest | forward pass, due | rest, due |\n|---|---:|---:|---:|---:|")
+    make = next(iter(ONLY[name].values()))
     for network, subject in subjects.items():
-        plain, watched = (host_reads(subject, made, device) for made in ([], [ONLY[name]()]))
+        plain, watched = (host_reads(subject, made, device) for made in ([], [make()]))
         cells = [watched[step][part] - plain[step][part] for step in (COUNTED // 2, -1) for part in (0, 1)]
         print(f"| {network} | {' | '.join(map(str, cells))} |", flush=True)
 

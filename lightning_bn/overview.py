@@ -39,14 +39,49 @@ def activation_overview(layers: Mapping[str, Summary]) -> dict[str, float]:
         ``nonfinite_layers``, the number of layers with NaN or infinity.
     """
     rows = [row for row in layers.values() if row.count]
-    finite = [row for row in rows if math.isfinite(row.absmax)]
+    finite = [row for row in rows if row.is_finite]
     return {
         **spread("mean", (row.mean for row in finite)),
         **spread("std_log10", (_log10(row.std) for row in finite)),
-        **spread("abs_max_log10", (_log10(row.absmax) for row in finite)),
+        **spread("abs_max_log10", (_log10(row.absmax) for row in finite if row.ranged)),
         **spread("zero_share", (row.zero_share for row in finite)),
         f"{PREFIX}nonfinite_layers": float(len(rows) - len(finite)),
     }
+
+
+def unit_overview(dead: Iterable[float], saturated: Iterable[float]) -> dict[str, float]:
+    """Overview scalars of the units of activation layers.
+
+    Args:
+        dead: for each rectifier the share of units that were never active in its last window.
+        saturated: for each squashing layer the share of values that passed almost no gradient in its last window.
+
+    Returns:
+        ``dead_share`` and ``saturated_share`` as median, largest and smallest over the layers; without such layers, or
+        before the first window is over, nothing.
+
+    Example:
+        >>> unit_overview([0.5], [])
+        {'bn_overview/dead_share_median': 0.5, 'bn_overview/dead_share_max': 0.5, 'bn_overview/dead_share_min': 0.5}
+    """
+    return {**spread("dead_share", dead), **spread("saturated_share", saturated)}
+
+
+def update_overview(ratios: Iterable[float]) -> dict[str, float]:
+    """Overview scalars of one optimizer step.
+
+    Args:
+        ratios: ‖Δw‖/‖w‖ of each weight.
+
+    Returns:
+        ``update_ratio_log10``, the decimal logarithm, as median, largest and smallest over the weights; without
+        weights nothing.
+
+    Example:
+        >>> update_overview([0.01])["bn_overview/update_ratio_log10_median"]
+        -2.0
+    """
+    return spread("update_ratio_log10", map(_log10, ratios))
 
 
 def activation_table(layers: Mapping[str, Summary]) -> str:
@@ -54,9 +89,8 @@ def activation_table(layers: Mapping[str, Summary]) -> str:
     rows = ["| layer | values | mean | std | largest abs | zeros |", "|---|---:|---:|---:|---:|---:|"]
     for name, row in layers.items():
         zeros = "undefined" if math.isnan(row.zero_share) else f"{row.zero_share:.1%}"
-        rows.append(
-            f"| `{name or '(the model)'}` | {row.count} | {row.mean:.4g} | {row.std:.4g} | {row.absmax:.4g} | {zeros} |"
-        )
+        rest = f"{row.absmax:.4g} | {zeros}" if row.ranged else " | "
+        rows.append(f"| `{name or '(the model)'}` | {row.count} | {row.mean:.4g} | {row.std:.4g} | {rest} |")
     return "\n".join(rows)
 
 

@@ -49,7 +49,10 @@ def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only:
     Args:
         model: the network; its own name is the empty string.
         globs: shell patterns on module names (``*`` also crosses dots); a module that matches any of them is
-            chosen, leaf or not. ``None`` chooses every module that ``leaves_only`` admits.
+            chosen, leaf or not. The words ``leaf``, ``norm``, ``activation`` and ``all`` stand for modules without
+            submodules, normalisation layers, torch's activation modules and every module; a word that is no module's
+            name but the name of a class of some stands for these. ``None`` chooses every module that ``leaves_only``
+            admits.
         leaves_only: without globs, choose only modules without submodules.
 
     Returns:
@@ -64,14 +67,17 @@ def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only:
     if globs is None:
         leaves = {name: module for name, module in layers.items() if not (leaves_only and _has_children(module))}
         return Choice(leaves, {}, _tops(unseen))
-    every = [*layers, *unseen]
+    everyone = {plain_name(name): module for name, module in model.named_modules()}
+    every = {name: everyone[name] for name in [*layers, *unseen]}
+    matched = {glob: _matching(every, glob) for glob in globs}
     unmatched = {
-        glob: get_close_matches(glob.replace("*", ""), every, n=3, cutoff=0.0)
-        for glob in globs
-        if not any(fnmatchcase(name, glob) for name in every)
+        glob: get_close_matches(glob.replace("*", ""), list(every), n=3, cutoff=0.0)
+        for glob, names in matched.items()
+        if not names
     }
-    wanted = {name: module for name, module in layers.items() if any(fnmatchcase(name, glob) for glob in globs)}
-    hidden = {name: why for name, why in unseen.items() if any(fnmatchcase(name, glob) for glob in globs)}
+    chosen = set().union(*matched.values())
+    wanted = {name: module for name, module in layers.items() if name in chosen}
+    hidden = {name: why for name, why in unseen.items() if name in chosen}
     return Choice(wanted, unmatched, _tops(hidden))
 
 
@@ -190,13 +196,35 @@ def _make_deaf() -> Callable[..., None]:
 
 def _unrecorded() -> AbstractContextManager[Any]:
     """Keep our operations out of selective activation checkpointing, which would replay them as the model's own."""
+    if not torch._C._len_torch_dispatch_stack():  # noqa: SLF001  (no public name)
+        return _NOTHING
     modes = _get_current_dispatch_mode_stack()
     caching = any(type(mode).__name__ == "_CachingTorchDispatchMode" for mode in modes)
     return _disable_current_modes() if caching else nullcontext()
 
 
+_NOTHING = nullcontext()
+
+
 def _deaf(*_: Any) -> None:
     """What a hook becomes in a copy of the model."""
+
+
+def _matching(modules: Mapping[str, nn.Module], glob: str) -> set[str]:
+    """The names that a pattern or a word chooses."""
+    if glob in GROUPS:
+        return {name for name, module in modules.items() if GROUPS[glob](module)}
+    named = {name for name in modules if fnmatchcase(name, glob)}
+    return named or {name for name, module in modules.items() if glob in {base.__name__ for base in _kinds(module)}}
+
+
+def _kinds(module: nn.Module) -> list[type]:
+    return [base for base in type(module).__mro__ if base not in (nn.Module, object)]
+
+
+def _is_from(module: nn.Module, *files: str) -> bool:
+    """Whether a module is of a class, or of a subclass of one, that torch keeps in one of these files."""
+    return any(base.__module__.removeprefix("torch.nn.modules.") in files for base in _kinds(module))
 
 
 def _has_children(module: nn.Module) -> bool:
@@ -220,3 +248,12 @@ def _unreachable(module: nn.Module) -> str | None:
 
 def _is_metric(module: nn.Module) -> bool:
     return any(base.__module__.startswith("torchmetrics.") for base in type(module).__mro__)
+
+
+GROUPS: dict[str, Callable[[nn.Module], bool]] = {
+    "leaf": lambda module: not _has_children(module),
+    "norm": lambda module: _is_from(module, "batchnorm", "instancenorm", "normalization"),
+    "activation": lambda module: _is_from(module, "activation") and not isinstance(module, nn.MultiheadAttention),
+    "all": lambda module: True,  # noqa: ARG005  (as the others)
+}
+"""Words that stand for kinds of modules."""

@@ -23,6 +23,7 @@ LAYERS = {
     "layers": 0,
     "lsuv": 0,
     "scope": 0,
+    "channels": 0,
     "filling": 0,
     "init_report": 0,
     "figures": 0,

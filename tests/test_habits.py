@@ -89,7 +89,7 @@ def test_every_hook_is_shielded_or_says_why_not(name):
             "on_test_end",
             "on_exception",
         },
-        "ActivationMonitor": {"on_train_start", "on_train_batch_start", "on_train_batch_end"},
+        "ActivationMonitor": {"setup", "on_train_start", "on_train_batch_start", "on_train_batch_end"},
         "BatchNormMonitor": {"setup", "on_train_end", "on_exception"},
     }
     callback = getattr(lightning_bn, name)

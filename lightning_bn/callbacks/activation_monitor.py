@@ -5,39 +5,70 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from lightning_bn.callbacks.arguments import check_interval, check_strings
-from lightning_bn.callbacks.base import Monitor, is_compiled, is_due, log_interval, shielded, step_of, window_closes
-from lightning_bn.overview import activation_overview, activation_table
+from lightning_bn.callbacks.arguments import check_flag, check_interval, check_share, check_strings
+from lightning_bn.callbacks.base import (
+    Monitor,
+    gather_objects,
+    is_compiled,
+    is_due,
+    log_interval,
+    shielded,
+    step_of,
+    window_closes,
+)
+from lightning_bn.callbacks.budget import Budget
+from lightning_bn.callbacks.layer_watch import OFF, REST, SPENT, LayerWatch
+from lightning_bn.callbacks.updates import Updates
+from lightning_bn.callbacks.verdicts import overview
+from lightning_bn.overview import activation_table
+from lightning_bn.rules.interval_widened import interval_widened
 from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.rules.unmatched_layers import unmatched_layers
 from lightning_bn.sinks import Loggers
-from lightning_bn.stats.finite import is_measurable
-from lightning_bn.stats.moments import Summary, blank, complete, measure, pool, pool_into, summarize
-from lightning_bn.taps import choose, listen, reachable, tensors_in
+from lightning_bn.taps import choose
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from lightning_bn.callbacks.windows import Window
+    from lightning_bn.rules.vanishing_gradient import Weight
+    from lightning_bn.stats.moments import Summary
 
 
 class ActivationMonitor(Monitor):
-    """Log mean, standard deviation, largest absolute value and share of zeros of every layer's output.
+    """Measure every layer's output: mean, spread, range, share of zeros, dead and saturated units.
 
     On due steps the outputs of all chosen layers are measured on their device; one transfer brings the numbers of all
     layers to the host. They are pooled exactly over the micro-batches of an accumulated step and over all processes.
-    The loggers get an overview (``bn_overview/...``: median, largest and smallest over the layers), TensorBoard's Text
-    tab the last measured step layer by layer (``bn_activations``); ``statistics`` holds the same for your own use. On
-    steps that are not due nothing is done at all; validation is not measured.
+    A BatchNorm layer in training is not measured but asked: mean and spread of its output follow from γ, β and the
+    batch variance that it computed anyway; its range and zeros stay unknown. Units of ReLU, tanh, sigmoid and their
+    hard variants are counted over windows of at least 512 samples.
+
+    The loggers get an overview (``bn_overview/...``: median, largest and smallest over the layers) at the pace of the
+    trainer's ``log_every_n_steps``, TensorBoard's Text tab the last measured step layer by layer
+    (``bn_activations``); ``statistics`` holds the same for your own use, ``units`` the last window of each activation
+    layer. Besides the due steps only the first step of
+    a fit is measured, which later ones are judged against. On all others nothing is done at all; validation is not
+    measured.
 
     Args:
         layers: shell patterns on module names, such as ``encoder.*``, one or a list; a star also crosses dots. A
-            module that matches is measured, whether or not it has submodules. None measures every module without
-            submodules.
+            module that matches is measured, whether or not it has submodules. ``leaf`` stands for every module without
+            submodules, ``norm`` for normalisation layers, ``activation`` for activation modules, ``all`` for every
+            module; other words without dot or star that name a class, such as ``Conv2d``, stand for modules of it.
+            None is ``leaf``.
         every_n_steps: measure each so many optimizer steps, at least 1; None follows the trainer's
             ``log_every_n_steps``.
-        ignore: slugs of findings that are not to be reported, out of unmatched-layers, not-watched.
+        parameters: whether to measure weights, gradients and updates too: their norms, parameter by parameter, kept in
+            ``weights``, and the rules about vanishing, exploding and missing gradients and about updates that are tiny
+            or huge. The weights are copied on due steps. Sharded and sparse parameters are left out.
+        max_overhead: largest share of the training time that measuring may take, above 0 and at most 1; where it takes
+            more, the interval is widened and a finding says so. None for no limit.
+        ignore: slugs of findings that are not to be reported, out of unmatched-layers, not-watched, dead-units,
+            saturated-units, vanishing-signal, exploding-signal, variance-below-epsilon, dropout-before-batchnorm,
+            vanishing-gradient, exploding-gradient, no-gradient, tiny-updates, huge-updates, interval-widened.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -53,23 +84,34 @@ class ActivationMonitor(Monitor):
         layers: str | list[str] | None = None,
         *,
         every_n_steps: int | None = None,
+        parameters: bool = False,
+        max_overhead: float | None = 0.02,
         ignore: list[str] | None = None,
     ) -> None:
         super().__init__(ignore=ignore)
         self.layers = check_strings("layers", layers)
         self.every_n_steps = check_interval("every_n_steps", every_n_steps, default="the trainer's log_every_n_steps")
+        self.parameters = check_flag("parameters", parameters)
+        self.max_overhead = check_share("max_overhead", max_overhead, default="no limit")
+        self._restored: dict[str, Any] = {}
         self._forget()
 
     def _forget(self) -> None:
         self.statistics: dict[str, Summary] = {}
-        self._chosen: dict[str, nn.Module] = {}
-        self._rows: dict[str, int] = {}
-        self._measured: list[tuple[int, int, Tensor]] = []
-        self._state: Tensor | None = None
+        self.units: dict[str, Window] = {}
+        self.weights: dict[str, Weight] = {}
+        self._updates: Updates | None = None
+        self._watch: LayerWatch | None = None
+        self._budget = Budget(self.max_overhead)
         self._switched_off = False
-        self._heard = False
+        self._started = False  # the first step of the run is over
         self._was_due = False
-        self._measured_at = 0
+        self._measured_at = self._logged_at = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin new windows; those of a restored checkpoint replace them; called by Lightning."""
+        super().setup(trainer, pl_module, stage)
+        self._restored = {}
 
     @shielded
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,117 +121,178 @@ class ActivationMonitor(Monitor):
         choice = choose(pl_module, self.layers)
         for glob, nearest in choice.unmatched.items():
             self.emit(unmatched_layers(glob, nearest))
+        layers = choice.layers
         if is_compiled(pl_module):
             how = "compile a submodule instead, or fit once without torch.compile"
             self.emit(not_watched("the LightningModule", "it is compiled (torch.compile)", how))
+            layers = {}
         else:
-            self._chosen = choice.layers
             for name, why in choice.unseen.items():
                 self.emit(not_watched(name or "the model", why, layer=name))
         if self.every_n_steps is None and log_interval(trainer) < 1:
             self.emit(not_watched("any step", "log_every_n_steps is 0", "give ActivationMonitor every_n_steps"))
-        self._rows = {name: place for place, name in enumerate(self._chosen)}
-        self._state = blank(len(self._chosen), pl_module.device)
+        self._watch = LayerWatch(pl_module, layers, pl_module.device) if layers else None
+        self._updates = Updates(pl_module) if self.parameters and layers else None
+        if self._watch and self._restored:
+            self._watch.windows.load_state_dict(self._restored)
+            self._started = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree with the other ranks on who measures; called by Lightning."""
         # Outside the shield, as every rank has to take part: all measure, or none.
-        self._switched_off = trainer.strategy.reduce_boolean_decision(self.off, all=False)
+        nothing = self.off or self._watch is None
+        self._switched_off = trainer.strategy.reduce_boolean_decision(nothing, all=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen on due steps; called by Lightning."""
-        if is_due(trainer, self.every_n_steps):
-            self._listen(pl_module)
+        if self._is_due(trainer) and not self._switched_off:
+            self._budget.begin()
+            with self._budget:
+                self._listen(pl_module)
 
     @shielded
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let go of the model when the forward pass is over; called by Lightning."""
         if pl_module.automatic_optimization:
-            self._stop_listening()
+            with self._budget:
+                self.live.hooks.close()
+
+    @shielded
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at weights and gradients on due steps; called by Lightning."""
+        if self._updates is not None and self._is_due(trainer) and not self._switched_off:
+            with self._budget:
+                self._updates.before(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Pool and log what was heard; called by Lightning."""
-        if not is_due(trainer, self.every_n_steps) or self._switched_off:
+        watch = self._watch
+        if self._switched_off or watch is None or not self._is_due(trainer):
             return
-        self._stop_listening()
-        self._pool()
-        if window_closes(trainer) and self._state is not None and len(self._state):
-            ranks = self._gather(trainer, self._state)
-            self._state = blank(len(self._state), self._state.device)
-            self._switched_off = bool(ranks[:, -1].any())
-            self._publish(ranks[:, :-1])
+        with self._budget:
+            self._stop_listening()
+            if not window_closes(trainer):
+                return
+            if not watch.agreed or trainer.world_size == 1:
+                watch.agree(gather_objects(trainer, watch.sizes()))
+            message = self._say()
+            message = watch.excuse() if message is None else message
+            signals = self._take(self._gather(trainer, message))
+            self._switched_off = self.off if signals is None else bool(signals[OFF])
+            self._publish(trainer)
+            self._started = True
+        self._budget.end()
+        self._judge_cost(trainer, signals)
 
     @shielded
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the model where a batch was broken off; called by Lightning."""
-        self._stop_listening()
+        self.live.hooks.close()
+        if self._watch is not None:
+            self._watch.forget()
 
     @shielded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last measured step layer by layer; called by Lightning."""
-        if self._chosen and not self._was_due and (self.every_n_steps or log_interval(trainer)):
+        every = self._interval(trainer)
+        if self._watch is not None and not self._was_due and every:
             taken = step_of(trainer)
-            every = self.every_n_steps or log_interval(trainer)
             how = "set every_n_steps, or log_every_n_steps of the trainer, to a smaller number"
-            self.emit(not_watched("any step", f"{taken} steps were taken, and every {every}th is measured", how))
+            self.emit(not_watched("any later step", f"{taken} steps were taken, and every {every}th is measured", how))
         if self.statistics and trainer.is_global_zero:
+            if self._was_due and self._logged_at < self._measured_at:
+                Loggers(trainer.loggers).numbers(overview(self.statistics, self.units, self.weights), self._measured_at)
             Loggers(trainer.loggers).text("bn_activations", activation_table(self.statistics), self._measured_at)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was reported, and the windows of the units; called by Lightning."""
+        windows = self._watch.windows.state_dict() if self._watch is not None and self._started else self._restored
+        return {**super().state_dict(), "windows": windows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; called by Lightning."""
+        super().load_state_dict(state_dict)
+        self._restored = dict(state_dict.get("windows") or {})
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the model's layers."""
-        return {**super().__getstate__(), "_chosen": {}, "_rows": {}, "_measured": [], "_state": None}
+        return {**super().__getstate__(), "_watch": None, "_updates": None, "_budget": Budget(self.max_overhead)}
+
+    def _interval(self, trainer: Trainer) -> int:
+        """Steps from one due step to the next; 0 for never."""
+        return (self.every_n_steps or log_interval(trainer)) * self._budget.factor
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether the present step is measured: the first of a run is, and each whose turn it is."""
+        interval = self._interval(trainer)
+        return interval > 0 and (not self._started or is_due(trainer, interval))
 
     @shielded
     def _listen(self, pl_module: LightningModule) -> None:
         self.live.hooks.close()
-        self._measured, self._was_due = [], True
-        within_reach, _ = reachable(pl_module)  # modules may have gone into eval mode meanwhile
-        chosen = {name: module for name, module in self._chosen.items() if name in within_reach}
-        self.live.hooks.enter_context(listen(chosen, self._hear))
+        if self._watch is not None:
+            self.live.hooks.enter_context(self._watch.listen(pl_module, self._hear))
+
+    @shielded
+    def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._watch is not None:
+            self._watch.hear(name, module, inputs, output)
 
     @shielded
     def _stop_listening(self) -> None:
         self.live.hooks.close()
 
     @shielded
-    def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._heard = True
-        for _, x in tensors_in(output):
-            if is_measurable(x) and x.dim() and not x.is_complex():
-                with torch.autocast(x.device.type, enabled=False):
-                    self._measured.append((self._rows[name], x.numel(), measure(x)))
+    def _say(self) -> Tensor | None:
+        spent, rest = self._budget.latest
+        return None if self._watch is None else self._watch.message(spent=spent, rest=rest)
 
-    @shielded
-    def _pool(self) -> None:
-        state, measured, self._measured = self._state, self._measured, []
-        if state is None or not measured:
-            return
-        places, counts, rows = zip(*measured, strict=True)
-        wide = torch.stack([row.to(state.device, state.dtype, non_blocking=True) for row in rows])
-        pool_into(state, places, complete(wide, torch.tensor(counts, device=state.device)))
-
-    def _gather(self, trainer: Trainer, state: Tensor) -> Tensor:
-        """State of all ranks, ``(ranks, layers + 1, 5)``; the last row says who is off. A collective."""
-        signal = torch.full_like(state[:1], float(self.off))
-        message = torch.cat([state, signal])
+    def _gather(self, trainer: Trainer, message: Tensor) -> Tensor:
+        """Messages of all ranks, ``(ranks, length)``. A collective."""
         gathered = trainer.strategy.all_gather(message) if trainer.world_size > 1 else message
-        return gathered.reshape(-1, *message.shape).cpu()
+        return gathered.reshape(-1, len(message))
 
     @shielded
-    def _publish(self, ranks: Tensor) -> None:
-        if self._switched_off:
+    def _take(self, ranks: Tensor) -> tuple[float, ...] | None:
+        if self._watch is None:
+            return None
+        more = self._updates.after() if self._updates is not None else []
+        taken = self._watch.take(ranks, step_of(self.live.trainer), more)
+        if taken.signals[OFF]:
             self.emit(not_watched("any further step", "the monitor failed on another process"))
-            return
-        pooled = ranks[0]
-        for other in ranks[1:]:
-            pooled = pool(pooled, other)
-        rows = {name: summarize(pooled[place]) for name, place in self._rows.items()}
-        self._measured_at = step_of(self.live.trainer)
-        self.statistics = {name: row for name, row in rows.items() if row.count}
-        if not self._heard:
+            return taken.signals
+        self.statistics = taken.statistics
+        self.units |= taken.closed
+        for finding in taken.findings:
+            self.emit(finding)
+        if self._updates is not None:
+            whole = self.layers is None  # else a module that was not heard may have run
+            called = {name for name, graded in taken.heard.items() if graded} if whole else None
+            for finding in self._updates.read(taken.more, called, taken.heard.keys() if whole else None):
+                self.emit(finding)
+            self.weights = self._updates.latest
+        return taken.signals
+
+    @shielded
+    def _publish(self, trainer: Trainer) -> None:
+        self._measured_at = step_of(trainer)
+        if self._watch is not None and not self._watch.heard:
             how = "call modules, not their forward methods"
-            self.emit(not_watched(", ".join(rows), "no forward pass was heard in a whole step", how))
-        if self.statistics and self.live.trainer.is_global_zero:
-            Loggers(self.live.trainer.loggers).numbers(activation_overview(self.statistics), self._measured_at)
+            self.emit(not_watched(", ".join(self._watch.layers), "no forward pass was heard in a whole step", how))
+        due = is_due(trainer, self._interval(trainer))
+        self._was_due = self._was_due or due
+        pace = log_interval(trainer)
+        turn = pace and (self._measured_at + 1) // pace > (self._logged_at + 1) // pace
+        if due and turn and self.statistics and trainer.is_global_zero:
+            self._logged_at = self._measured_at
+            Loggers(trainer.loggers).numbers(overview(self.statistics, self.units, self.weights), self._measured_at)
+
+    @shielded
+    def _judge_cost(self, trainer: Trainer, signals: tuple[float, ...] | None) -> None:
+        if signals is not None and self.max_overhead is not None and not self._switched_off:
+            before = self._interval(trainer)
+            share = self._budget.judge(signals[SPENT], signals[REST], before // self._budget.factor)
+            if share is not None:
+                self.emit(interval_widened(share, self.max_overhead, before, self._interval(trainer)), repeat=True)

@@ -38,6 +38,24 @@ def check_interval(name: str, value: object, *, default: str) -> int | None:
     return value
 
 
+def check_share(name: str, value: object, *, default: str) -> float | None:
+    """A number above 0 and at most 1, or None.
+
+    Args:
+        name: the argument.
+        value: what was given.
+        default: what None means, in words.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be a number above 0 and at most 1, or None ({default}), got {value!r}")
+    return float(value)
+
+
 def check_count(name: str, value: object) -> int:
     """A whole number of at least 1.
 

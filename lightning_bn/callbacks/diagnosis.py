@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def diagnose() -> list[Monitor]:
-    """The monitors with their defaults, none of which changes the training of a healthy run.
+    """The monitors, none of which changes the training of a healthy run.
 
     Returns:
-        New instances of NaNGuard, ActivationMonitor and BatchNormMonitor, for
+        New instances of NaNGuard, ActivationMonitor (with gradients and updates) and BatchNormMonitor, for
         ``Trainer(callbacks=[*lightning_bn.diagnose()])``.
 
     Example:
         >>> [type(monitor).__name__ for monitor in diagnose()]
         ['NaNGuard', 'ActivationMonitor', 'BatchNormMonitor']
     """
-    return [NaNGuard(), ActivationMonitor(), BatchNormMonitor()]
+    return [NaNGuard(), ActivationMonitor(parameters=True), BatchNormMonitor()]

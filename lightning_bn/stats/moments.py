@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mean, spread, range and zero share of whole tensors, from a state that adds.
 
-A state is a row ``(count, mean, m2, absmax, zeros)``; ``m2`` is the sum of squared deviations from the mean.
-Rows of two batches, of two micro-batches or of two ranks pool exactly, whatever their sizes.
+A state is a row ``(count, mean, m2, low, high, zeros, known)``; ``m2`` is the sum of squared deviations from the mean,
+``known`` the number of values whose range and zeros were looked at. Rows of two batches, of two micro-batches or of two
+ranks pool exactly, whatever their sizes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COUNT, MEAN, M2, ABSMAX, ZEROS = range(5)
-WIDTH = 5
+COUNT, MEAN, M2, LOW, HIGH, ZEROS, KNOWN = range(7)
+WIDTH = 7
+PLAIN_MEAN, PLAIN = 3.0, (1e-12, 1e12)
+"""Largest mean, in standard deviations, and range of the largest absolute value, of values that need no care."""
 TINY = torch.finfo(torch.float32).tiny
 EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 
@@ -30,6 +33,9 @@ class Summary:
         std: biased standard deviation (divided by ``count``), in the units of the values.
         absmax: largest absolute value; NaN or inf where one was there.
         zero_share: share of values that are exactly 0; NaN where a value was NaN.
+        low: smallest value; NaN where a value was NaN.
+        high: largest value; likewise.
+        ranged: whether range and zeros were looked at; if not, ``absmax``, ``zero_share``, ``low``, ``high`` are NaN.
     """
 
     count: int
@@ -37,6 +43,14 @@ class Summary:
     std: float
     absmax: float
     zero_share: float
+    low: float = math.nan
+    high: float = math.nan
+    ranged: bool = True
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no value was NaN or infinite."""
+        return math.isfinite(self.absmax if self.ranged else self.mean)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -45,8 +59,10 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def blank(rows: int, device: torch.device) -> Tensor:
-    """The state before anything was seen, ``(rows, 5)``: pooling with it changes nothing."""
-    return torch.zeros(rows, WIDTH, dtype=wide_dtype(device), device=device)
+    """The state before anything was seen, ``(rows, 7)``: pooling with it changes nothing."""
+    state = torch.zeros(rows, WIDTH, dtype=wide_dtype(device), device=device)
+    state[:, LOW], state[:, HIGH] = torch.inf, -torch.inf
+    return state
 
 
 def measure(x: Tensor) -> Tensor:
@@ -60,40 +76,40 @@ def measure(x: Tensor) -> Tensor:
         x: floating-point tensor of any shape and memory format; all axes are reduced.
 
     Returns:
-        ``(5,)`` on the device of ``x``, float32 (float64 of a float64 tensor): largest absolute value; mean of the
+        ``(6,)`` on the device of ``x``, float32 (float64 of a float64 tensor): smallest and largest value; mean of the
         scaled tensor, mean and sum of squares of what is left without it; number of values unequal to 0. Nothing is
         read on the host.
     """
     x = x.detach()
     x = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
     if x.numel() == 0:
-        return x.new_zeros(5)
+        return torch.cat([x.new_full((1,), torch.inf), x.new_full((1,), -torch.inf), x.new_zeros(4)])
     low, high = torch.aminmax(x)
-    absmax = torch.maximum(high, -low)
-    y = x / _scale(absmax)
+    y = x / _scale(torch.maximum(high, -low))
     mean = y.mean()
     # The rounded mean leaves a residue, which is taken out in float64.
     residue = y.sub_(mean).mean()
-    return torch.stack([absmax, mean, residue, y.square_().sum(), torch.sign(x).abs_().sum()])
+    return torch.stack([low, high, mean, residue, y.square_().sum(), torch.sign(x).abs_().sum()])
 
 
 def complete(measured: Tensor, counts: Tensor) -> Tensor:
     """Rows of many measured tensors at once.
 
     Args:
-        measured: ``(K, 5)``, what :func:`measure` gave for each tensor.
+        measured: ``(K, 6)``, what :func:`measure` gave for each tensor.
         counts: ``(K,)``, their numbers of elements.
 
     Returns:
-        ``(K, 5)``, a state for each, in the dtype of :func:`wide_dtype`.
+        ``(K, 7)``, a state for each, in the dtype of :func:`wide_dtype`.
     """
-    absmax, mean, residue, squares, nonzero = measured.to(wide_dtype(measured.device)).unbind(-1)
-    counts = counts.to(absmax)
+    low, high, mean, residue, squares, nonzero = measured.to(wide_dtype(measured.device)).unbind(-1)
+    counts = counts.to(low)
+    absmax = torch.maximum(high, -low)
     scale = _scale(absmax)
     # The sign of NaN is 0; and float32 counts past 2**24 may be one too high.
     zeros = torch.where(torch.isnan(absmax), absmax, (counts - nonzero).clamp(min=0))
     m2 = (squares - counts * residue.square()) * scale.square()
-    return torch.stack([counts, (mean + residue) * scale, m2, absmax.abs(), zeros], dim=-1)
+    return torch.stack([counts, (mean + residue) * scale, m2, low, high, zeros, counts], dim=-1)
 
 
 def moments(x: Tensor) -> Tensor:
@@ -103,11 +119,11 @@ def moments(x: Tensor) -> Tensor:
         x: floating-point tensor of any shape and memory format; all axes are reduced.
 
     Returns:
-        ``(5,)`` on the device of ``x``, float64 (float32 on MPS).
+        ``(7,)`` on the device of ``x``, float64 (float32 on MPS).
 
     Example:
         >>> summarize(moments(torch.tensor([0.0, 2.0])))
-        Summary(count=2, mean=1.0, std=1.0, absmax=2.0, zero_share=0.5)
+        Summary(count=2, mean=1.0, std=1.0, absmax=2.0, zero_share=0.5, low=0.0, high=2.0, ranged=True)
     """
     measured = measure(x)
     return complete(measured[None], measured.new_full((1,), x.numel(), dtype=wide_dtype(x.device)))[0]
@@ -117,28 +133,30 @@ def pool(a: Tensor, b: Tensor) -> Tensor:
     """Pool two states exactly: Chan, Golub & LeVeque 1983, eq. 2.1.
 
     Args:
-        a: ``(..., 5)``.
-        b: ``(..., 5)``, same dtype and device.
+        a: ``(..., 7)``.
+        b: ``(..., 7)``, same dtype and device.
 
     Returns:
-        ``(..., 5)``, the state of all values behind ``a`` and ``b`` together.
+        ``(..., 7)``, the state of all values behind ``a`` and ``b`` together.
     """
     count = a[..., COUNT] + b[..., COUNT]
     share = b[..., COUNT] / count.clamp(min=1)
     delta = b[..., MEAN] - a[..., MEAN]
     mean = a[..., MEAN] + delta * share
     m2 = a[..., M2] + b[..., M2] + delta.square() * a[..., COUNT] * share
-    absmax = torch.maximum(a[..., ABSMAX], b[..., ABSMAX])
-    return torch.stack([count, mean, m2, absmax, a[..., ZEROS] + b[..., ZEROS]], dim=-1)
+    low = torch.minimum(a[..., LOW], b[..., LOW])
+    high = torch.maximum(a[..., HIGH], b[..., HIGH])
+    zeros, known = a[..., ZEROS] + b[..., ZEROS], a[..., KNOWN] + b[..., KNOWN]
+    return torch.stack([count, mean, m2, low, high, zeros, known], dim=-1)
 
 
 def pool_into(state: Tensor, places: Sequence[int], rows: Tensor) -> None:
     """Pool rows into the layers they belong to, in place; a layer may have several.
 
     Args:
-        state: ``(layers, 5)``.
+        state: ``(layers, 7)``.
         places: layer of each row.
-        rows: ``(K, 5)``, same dtype and device.
+        rows: ``(K, 7)``, same dtype and device.
     """
     rounds: list[dict[int, int]] = []  # in each round a layer has one row: layer -> row
     for row, place in enumerate(places):
@@ -152,13 +170,22 @@ def pool_into(state: Tensor, places: Sequence[int], rows: Tensor) -> None:
         state[layers] = pool(state[layers], rows[chosen])
 
 
-def summarize(row: Tensor) -> Summary:
-    """Read one pooled row, ``(5,)``, that lies on the host."""
-    count, mean, m2, absmax, zeros = row.tolist()
+def summarize(row: Tensor | Sequence[float]) -> Summary:
+    """Read one pooled row, ``(7,)``, that lies on the host."""
+    count, mean, m2, low, high, zeros, known = row.tolist() if isinstance(row, Tensor) else row
     if count == 0:
-        return Summary(0, *[math.nan] * 4)
+        return Summary(0, math.nan, math.nan, math.nan, math.nan)
     std = math.nan if math.isnan(m2) else math.sqrt(max(m2 / count, 0.0))
-    return Summary(int(count), mean, std, absmax, zeros / count)
+    if known < count:
+        return Summary(int(count), mean, std, math.nan, math.nan, ranged=False)
+    return Summary(int(count), mean, std, max(abs(low), abs(high)), zeros / count, low, high)
+
+
+def is_plain(row: Summary) -> bool:
+    """Whether values like these keep their digits in :func:`.sketch.sketch`; a layer that did not run is not plain."""
+    if not row.ranged:
+        return True
+    return row.count > 0 and abs(row.mean) <= PLAIN_MEAN * row.std and PLAIN[0] <= row.absmax <= PLAIN[1]
 
 
 def _scale(absmax: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from specimens import FEATURES, Healthy, loader, network
+from specimens import FEATURES, Healthy, NoHostRead, loader, network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,15 +66,18 @@ def test_micro_batches_of_unequal_size_pool_exactly(make_trainer):
 @pytest.mark.parametrize(
     ("every_n_steps", "log_every_n_steps", "accumulate", "steps"),
     [
-        pytest.param(1, 50, 1, [0, 1, 2, 3, 4, 5, 6, 7], id="every step"),
-        pytest.param(3, 50, 1, [2, 5], id="own interval"),
+        pytest.param(1, 1, 1, [0, 1, 2, 3, 4, 5, 6, 7], id="every step"),
+        pytest.param(3, 1, 1, [2, 5], id="own interval"),
+        pytest.param(1, 4, 1, [3, 7], id="measured more often than logged"),
+        pytest.param(3, 4, 1, [5], id="the first measured one after each logged one"),
+        pytest.param(3, 50, 1, [5], id="the last one where none was logged"),
         pytest.param(None, 4, 1, [3, 7], id="follows the trainer"),
         pytest.param(None, 2, 2, [1, 3], id="accumulation"),
         pytest.param(None, 0, 1, [], id="never"),
     ],
 )
 def test_due_steps_are_those_of_self_log(make_trainer, every_n_steps, log_every_n_steps, accumulate, steps):
-    """The overview stands at the same steps of the same axis as what the model logs by self.log."""
+    """The overview is logged at the pace of self.log, on its axis, and at the end if there was something to log."""
     monitor = ActivationMonitor(every_n_steps=every_n_steps)
     trainer = make_trainer(
         monitor, max_epochs=2, log_every_n_steps=log_every_n_steps, accumulate_grad_batches=accumulate
@@ -96,7 +99,7 @@ def test_a_trainer_that_never_logs_is_said(make_trainer):
 
 
 def test_no_hook_is_on_the_model_on_steps_that_are_not_due(make_trainer):
-    """Hooks exist on due steps only, and never in validation."""
+    """Hooks exist on due steps and in the first one only, and never in validation."""
 
     class Watching(Healthy):
         def __init__(self):
@@ -112,7 +115,7 @@ def test_no_hook_is_on_the_model_on_steps_that_are_not_due(make_trainer):
 
     model = Watching()
     make_trainer(ActivationMonitor(every_n_steps=2)).fit(model, loader(), loader())
-    assert model.hooked == [0, 8, 0, 8]
+    assert model.hooked == [8, 8, 0, 8]
 
 
 def test_nothing_is_read_on_the_host_inside_the_training_step(make_trainer):
@@ -222,8 +225,265 @@ def test_a_wrong_interval_is_refused_with_name_need_and_got(value):
         ActivationMonitor(every_n_steps=value)
 
 
+@pytest.mark.parametrize("value", [0, -0.1, 1.5, True, "2"])
+def test_a_wrong_overhead_is_refused_with_name_need_and_got(value):
+    """The same for the share of the training time."""
+    with pytest.raises(ValueError, match=rf"max_overhead must be a number above 0 and at most 1.*got {value!r}"):
+        ActivationMonitor(max_overhead=value)
+
+
 @pytest.mark.parametrize("value", [[], 3, [1]])
 def test_wrong_layers_are_refused_with_name_need_and_got(value):
     """The same for the layer patterns."""
     with pytest.raises(ValueError, match="layers must be a string or a list of at least one string"):
         ActivationMonitor(value)
+
+
+class Steep(nn.Module):
+    """Convolution, linear layers, ReLU, tanh and BatchNorm: something of everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv1d(1, 6, 3), nn.BatchNorm1d(6), nn.ReLU()
+        self.line, self.tanh, self.head = nn.Linear(60, 8), nn.Tanh(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.tanh(self.line(self.act(self.norm(self.conv(x.unsqueeze(1)))).flatten(1))))
+
+
+def run(make_trainer, net, *, monitor=None, data=None, **options):
+    monitor = monitor or ActivationMonitor(every_n_steps=1, max_overhead=None)
+    make_trainer(monitor, num_sanity_val_steps=0, **options).fit(Healthy(net, lr=1e-3), data or loader(size=1024))
+    return monitor
+
+
+def test_batchnorm_is_asked_and_agrees_with_its_values(make_trainer):
+    """Mean and spread of a BatchNorm layer's output are those of its values; range and zeros are not claimed."""
+    model, monitor = Healthy(Steep()), ActivationMonitor(every_n_steps=1, max_overhead=None)
+    kept = []
+    model.net.norm.register_forward_hook(lambda module, args, out: kept.append(out.detach().clone()))
+    make_trainer(monitor, num_sanity_val_steps=0).fit(model, loader())
+    mean, std, *_ = float64_statistics(kept[-1:])
+    row = monitor.statistics["net.norm"]
+    assert row.count == kept[-1].numel()
+    assert (row.mean, row.std) == pytest.approx((mean, std), rel=1e-5, abs=1e-6)
+    assert not row.ranged
+    assert row.is_finite
+
+
+def test_later_steps_are_measured_cheaply_and_agree(make_trainer):
+    """Numbers of the last of many steps agree with a float64 loop, whichever way they were measured."""
+    model = Healthy(Steep())
+    kept = {name: [] for name in ("conv", "act", "line", "tanh", "head")}
+    for name, outputs in kept.items():
+        model.net.get_submodule(name).register_forward_hook(
+            lambda module, args, out, outputs=outputs: outputs.append(out.detach().clone())
+        )
+    monitor = ActivationMonitor(every_n_steps=1, max_overhead=None)
+    make_trainer(monitor, num_sanity_val_steps=0).fit(model, loader())
+    for name, outputs in kept.items():
+        mean, std, largest, zeros = float64_statistics(outputs[-1:])
+        row = monitor.statistics[f"net.{name}"]
+        assert (row.mean, row.std, row.absmax) == pytest.approx((mean, std, largest), rel=1e-5, abs=1e-6)
+        assert row.zero_share == pytest.approx(zeros)
+
+
+def test_one_transfer_brings_a_due_step_to_the_host(make_trainer):
+    """From the end of a due step's forward pass to the end of the step one tensor is read on the host, and no other."""
+    reads = []
+
+    class Counting(ActivationMonitor):
+        def on_train_batch_end(self, *args):
+            plain = torch.Tensor.tolist
+            torch.Tensor.tolist = lambda x: reads.append(x.numel()) or plain(x)
+            try:
+                with NoHostRead():
+                    super().on_train_batch_end(*args)
+            finally:
+                torch.Tensor.tolist = plain
+
+    monitor = run(make_trainer, Steep(), monitor=Counting(every_n_steps=1, max_overhead=None), data=loader())
+    assert not monitor.off
+    assert len(reads) == 4
+
+
+def test_dead_units_are_found_and_the_healthy_twin_is_silent(make_trainer):
+    """A ReLU behind a bias of -10 is said to be dead by name; with a bias of 0 nothing is said."""
+    sick, healthy = network(norm=False), network(norm=False)
+    nn.init.constant_(sick[2].bias, -100.0)
+    found = run(make_trainer, sick).findings
+    assert [(finding.rule, finding.layer, finding.severity) for finding in found] == [
+        ("dead-units", "net.3", Severity.ERROR)
+    ]
+    assert found[0].data["samples"] >= 512
+    assert run(make_trainer, healthy).findings == []
+
+
+def test_a_window_of_few_samples_says_nothing_about_units(make_trainer):
+    """Below 512 samples units that were never active are not called dead."""
+    sick = network(norm=False)
+    nn.init.constant_(sick[2].bias, -100.0)
+    assert run(make_trainer, sick, data=loader(size=256)).findings == []
+
+
+def test_a_resumed_run_continues_the_window(make_trainer, tmp_path):
+    """256 samples before a checkpoint and 256 behind it are one window."""
+    sick, path = network(norm=False), tmp_path / "half.ckpt"
+    nn.init.constant_(sick[2].bias, -100.0)
+    first, second = (ActivationMonitor(every_n_steps=1, max_overhead=None) for _ in range(2))
+    trainer = make_trainer(first, num_sanity_val_steps=0)
+    trainer.fit(Healthy(sick, lr=1e-3), loader(size=256))
+    trainer.save_checkpoint(path)
+    assert first.findings == []
+    make_trainer(second, num_sanity_val_steps=0, max_epochs=2).fit(
+        Healthy(network(norm=False), lr=1e-3), loader(size=256), ckpt_path=path
+    )
+    assert [(finding.rule, finding.data["samples"]) for finding in second.findings] == [("dead-units", 512)]
+
+
+def test_saturated_units_are_found_and_the_healthy_twin_is_silent(make_trainer):
+    """Tanh layers behind N(0, 9) weights are said to be saturated, the last one not; with Xavier's nothing is said."""
+
+    def tanh(std):
+        layers = [nn.Linear(FEATURES, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4)]
+        for layer in layers[::2]:
+            nn.init.normal_(layer.weight, std=std)
+        return nn.Sequential(*layers)
+
+    found = {(finding.rule, finding.layer) for finding in run(make_trainer, tanh(3.0)).findings}
+    assert {("saturated-units", "net.1"), ("saturated-units", "net.3")} <= found
+    assert run(make_trainer, tanh(0.2)).findings == []
+
+
+def test_shares_of_units_are_logged_when_a_window_is_over(make_trainer):
+    """Dead and saturated shares of the last window stand in the overview, and layer by layer in ``units``."""
+    monitor = ActivationMonitor(every_n_steps=1, max_overhead=None)
+    trainer = make_trainer(monitor, num_sanity_val_steps=0, log_every_n_steps=8)
+    trainer.fit(Healthy(Steep()), loader(size=1024))
+    assert set(monitor.units) == {"net.act", "net.tanh"}
+    assert monitor.units["net.act"].samples == 512
+    steps = [step for step, _ in scalars(trainer, "bn_overview/dead_share_max")]
+    assert steps[0] == 63
+    assert scalars(trainer, "bn_overview/saturated_share_max")[-1][1] == pytest.approx(
+        1 - monitor.units["net.tanh"].passing
+    )
+
+
+def test_a_vanishing_signal_is_found_in_the_first_step(make_trainer):
+    """Twenty layers of N(0, 0.01²) are said to lose the signal; He's weights are not."""
+
+    def deep(prepare):
+        net = network(norm=False, depth=20)
+        for layer in net:
+            if isinstance(layer, nn.Linear):
+                prepare(layer.weight)
+                nn.init.zeros_(layer.bias)
+        return net
+
+    short = loader(size=32)
+    sick = run(make_trainer, deep(lambda weight: nn.init.normal_(weight, std=0.01)), data=short)
+    assert "vanishing-signal" in {finding.rule for finding in sick.findings}
+    assert sick.findings[0].step == 0
+    assert run(make_trainer, deep(nn.init.kaiming_normal_), data=short).findings == []
+
+
+@pytest.mark.parametrize(("rate", "rules"), [(0.5, ["dropout-before-batchnorm"]), (0.3, [])])
+def test_dropout_in_front_of_batchnorm_is_found_by_its_rate(make_trainer, rate, rules):
+    """Half of the values dropped two modules in front of a BatchNorm layer are said, three tenths are not."""
+    net = nn.Sequential(
+        nn.Linear(FEATURES, 8),
+        nn.ReLU(),
+        nn.Dropout(rate),
+        nn.Linear(8, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 4),
+    )
+    found = run(make_trainer, net, data=loader()).findings
+    assert [finding.rule for finding in found] == rules
+    assert all(finding.layer == "net.4" and "net.2" in finding.evidence for finding in found)
+
+
+def test_a_costly_interval_is_widened_and_said(make_trainer):
+    """Measuring every step of a tiny network is more than a thousandth of its time: an info says what is done."""
+    monitor = ActivationMonitor(every_n_steps=1, max_overhead=0.001)
+    run(make_trainer, Steep(), monitor=monitor, data=loader(size=256))
+    (finding,) = [finding for finding in monitor.findings if finding.rule == "interval-widened"]
+    assert finding.severity is Severity.INFO
+    assert finding.data["before"] == 1
+    assert finding.data["now"] > 10
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        pytest.param("norm", ["net.norm"], id="norm"),
+        pytest.param("activation", ["net.act", "net.tanh"], id="activation"),
+        pytest.param("Conv1d", ["net.conv"], id="type"),
+        pytest.param(["_ConvNd", "Linear"], ["net.conv", "net.line", "net.head"], id="types and base classes"),
+        pytest.param("all", ["", "net", "net.conv", "net.norm", "net.act"], id="all"),
+        pytest.param("leaf", ["net.conv", "net.norm", "net.act", "net.line", "net.tanh", "net.head"], id="leaf"),
+    ],
+)
+def test_words_choose_kinds_of_layers(make_trainer, layers, names):
+    """``norm``, ``activation``, ``leaf``, ``all`` and names of classes stand for the modules of that kind."""
+    monitor = run(make_trainer, Steep(), monitor=ActivationMonitor(layers), data=loader())
+    if layers == "all":
+        assert monitor.statistics.keys() >= set(names[1:])
+    else:
+        assert list(monitor.statistics) == names
+    assert [finding for finding in monitor.findings if finding.rule == "unmatched-layers"] == []
+
+
+class Kept(Healthy):
+    """Keeps norms of weights, gradients and updates of each step, by itself."""
+
+    def __init__(self, net, **options):
+        super().__init__(net, **options)
+        self.kept = []
+
+    def on_before_optimizer_step(self, optimizer):
+        self.before = {name: p.detach().double().clone() for name, p in self.named_parameters()}
+        self.slopes = {name: p.grad.detach().double().norm().item() for name, p in self.named_parameters()}
+
+    def on_train_batch_end(self, *_):
+        self.kept.append(
+            {
+                name: (
+                    self.before[name].norm().item(),
+                    self.slopes[name],
+                    (p.double() - self.before[name]).norm().item(),
+                )
+                for name, p in self.named_parameters()
+            }
+        )
+
+
+def test_weights_gradients_and_updates_are_those_of_the_step(make_trainer):
+    """With ``parameters`` the norms of the last due step equal those of a float64 computation in the model itself."""
+    model = Kept(Steep())
+    monitor = ActivationMonitor(every_n_steps=1, max_overhead=None, parameters=True)
+    make_trainer(monitor, num_sanity_val_steps=0).fit(model, loader())
+    assert monitor.weights.keys() == model.kept[-1].keys()
+    for name, expected in model.kept[-1].items():
+        row = monitor.weights[name]
+        assert (row.weight, row.gradient, row.update) == pytest.approx(expected, rel=1e-4), name
+        assert (row.lr, row.largest_lr) == (0.01, 0.01)
+
+
+def test_a_part_that_is_cut_off_the_loss_is_found_and_the_healthy_twin_is_silent(make_trainer):
+    """Layers behind a detach have no gradient in any due step: a finding names them."""
+
+    class Cut(nn.Sequential):
+        def forward(self, x):
+            return self[2](self[1](self[0](x).detach()))
+
+    layers = [nn.Linear(FEATURES, 8), nn.Linear(8, 8), nn.Linear(8, 4)]
+    found = {}
+    for kind in (Cut, nn.Sequential):
+        monitor = ActivationMonitor(every_n_steps=1, max_overhead=None, parameters=True)
+        make_trainer(monitor, num_sanity_val_steps=0).fit(Healthy(kind(*layers)), loader(size=64))
+        found[kind] = monitor.findings
+    assert "no-gradient" in {finding.rule for finding in found[Cut]}
+    assert "net.0.weight" in next(finding.evidence for finding in found[Cut] if finding.rule == "no-gradient")
+    assert found[nn.Sequential] == []

@@ -29,6 +29,7 @@ MONITORS = {
     "NaNGuard warn": lambda: [NaNGuard("warn")],
     "ActivationMonitor every step": lambda: [ActivationMonitor(every_n_steps=1)],
     "ActivationMonitor interval": lambda: [ActivationMonitor(every_n_steps=3)],
+    "ActivationMonitor parameters": lambda: [ActivationMonitor(every_n_steps=2, parameters=True)],
     "ActivationMonitor globs": lambda: [ActivationMonitor(["net.*", "loss"])],
     "BatchNormMonitor": lambda: [BatchNormMonitor()],
     "BatchNormMonitor interval": lambda: [BatchNormMonitor(every_n_steps=5)],

@@ -19,12 +19,19 @@ from lightning_bn.first_pass import Call
 from lightning_bn.operations import Fault, Operation, Range
 from lightning_bn.outlook import Prediction
 from lightning_bn.rules.affine_drift import Watched, affine_drift
+from lightning_bn.rules.dead_units import dead_units
 from lightning_bn.rules.diverged_by_learning_rate import History, diverged_by_learning_rate
+from lightning_bn.rules.dropout_before_batchnorm import dropout_before_batchnorm
+from lightning_bn.rules.exploding_gradient import exploding_gradient
+from lightning_bn.rules.exploding_signal import exploding_signal
+from lightning_bn.rules.huge_updates import huge_updates
+from lightning_bn.rules.interval_widened import interval_widened
 from lightning_bn.rules.invalid_gradient import invalid_gradient
 from lightning_bn.rules.invalid_operation import invalid_operation
 from lightning_bn.rules.large_initial_loss import large_initial_loss
 from lightning_bn.rules.little_headroom import little_headroom
 from lightning_bn.rules.monitor_failed import monitor_failed
+from lightning_bn.rules.no_gradient import no_gradient
 from lightning_bn.rules.non_finite_input import non_finite_input
 from lightning_bn.rules.non_finite_loss import non_finite_loss, untraced_loss
 from lightning_bn.rules.non_finite_output import culprit_of, non_finite_output
@@ -37,7 +44,12 @@ from lightning_bn.rules.overflow_by_range import overflow_by_range
 from lightning_bn.rules.overflowed_running_statistics import overflowed_running_statistics
 from lightning_bn.rules.overwritten_weights import overwritten_weights
 from lightning_bn.rules.poisoned_running_statistics import poisoned_running_statistics
+from lightning_bn.rules.saturated_units import saturated_units
+from lightning_bn.rules.tiny_updates import tiny_updates
 from lightning_bn.rules.unmatched_layers import unmatched_layers
+from lightning_bn.rules.vanishing_gradient import Weight, vanishing_gradient
+from lightning_bn.rules.vanishing_signal import vanishing_signal
+from lightning_bn.rules.variance_below_epsilon import variance_below_epsilon
 from lightning_bn.source import Line, Spot
 from lightning_bn.stats.finite import Census
 
@@ -59,9 +71,44 @@ FAULT = Fault(
     (("net.0", 1e2), ("net.1", 1e8)),
 )
 SLOPE = replace(FAULT, operation=replace(FAULT.operation, node="LogBackward0", at=LINE))
+WEIGHT = Weight((8, 8), 1.0, 1.0, 1e-3, 1e-3, 1e-3)
+
+
+def chain(**changes):
+    """Five due steps of twelve layers; each change is a factor per layer, or one value for all."""
+    rows = {}
+    for place in range(12):
+        values = {name: change(place) if callable(change) else change for name, change in changes.items()}
+        rows[f"net.{place}.weight"] = replace(WEIGHT, **values)
+    return [rows] * 5
+
+
+def cut():
+    """Five due steps in which one layer of twelve has no gradient."""
+    rows = dict(chain()[0])
+    rows["net.0.weight"] = replace(WEIGHT, gradient=None, update=0.0)
+    return [rows] * 5
+
+
 DIVERGED = History(9, 2.0, (4.0, 9.0), 0.5, 20.0, (0.1,))
 
 EXAMPLES = [
+    pytest.param("dead-units", dead_units("net.2", 16, 16, 512, None), id="dead units"),
+    pytest.param(
+        "dropout-before-batchnorm", dropout_before_batchnorm("net.4", "net.2", 0.5), id="dropout in front of BatchNorm"
+    ),
+    pytest.param("exploding-gradient", exploding_gradient(chain(gradient=lambda k: 10.0**-k)), id="exploding gradient"),
+    pytest.param("exploding-signal", exploding_signal({f"net.{k}": 10.0**k for k in range(12)}), id="exploding signal"),
+    pytest.param("huge-updates", huge_updates(chain(update=5.0)), id="huge updates"),
+    pytest.param("interval-widened", interval_widened(0.1, 0.02, 1, 5), id="interval"),
+    pytest.param("no-gradient", no_gradient(cut()), id="no gradient"),
+    pytest.param("saturated-units", saturated_units("net.2", "tanh", 0.9, 8, 16, 512, None), id="saturated units"),
+    pytest.param("tiny-updates", tiny_updates(chain(weight=1e6, update=1.0)), id="tiny updates"),
+    pytest.param("vanishing-gradient", vanishing_gradient(chain(gradient=lambda k: 10.0**k)), id="vanishing gradient"),
+    pytest.param(
+        "vanishing-signal", vanishing_signal({f"net.{k}": 10.0**-k for k in range(12)}), id="vanishing signal"
+    ),
+    pytest.param("variance-below-epsilon", variance_below_epsilon("net.2", 1e-7, 1e-5, step=60), id="epsilon"),
     pytest.param("affine-drift", affine_drift({"norm": (0.25, 0.1)}, {"norm": (0.2, 0.1)}, WATCHED), id="drift"),
     pytest.param(
         "diverged-by-learning-rate", diverged_by_learning_rate(FAULT, DIVERGED, what="a thing"), id="diverged"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drift of γ and β is a distance in the unit of the initial γ."""
+"""Drift of γ and β is a distance in the unit of the initial γ; batch statistics are read and not computed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,19 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from lightning_bn.stats.batchnorm import TINY, Affine, drift, scale_of
+from lightning_bn.stats.batchnorm import (
+    TINY,
+    Affine,
+    Batch,
+    Scale,
+    batch_statistics,
+    batch_statistics_from_running,
+    drift,
+    output_moments,
+    scale_of,
+)
 
 
 def affine(gamma, beta, dtype=torch.float32):
@@ -105,3 +116,107 @@ def test_a_different_number_of_layers_is_an_error():
     one = affine([1], [0])
     with pytest.raises(ValueError, match="zip"):
         drift([one, one], [one])
+
+
+def trained(norm, x):
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    return norm(x)
+
+
+SHAPES = [
+    pytest.param(torch.nn.BatchNorm1d, (16, 5), id="1d"),
+    pytest.param(torch.nn.BatchNorm1d, (16, 5, 3), id="1d, sequence"),
+    pytest.param(torch.nn.BatchNorm2d, (4, 5, 6, 6), id="2d"),
+    pytest.param(torch.nn.BatchNorm3d, (2, 5, 3, 3, 3), id="3d"),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), SHAPES)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_batch_statistics_are_read_and_not_computed(make, shape, offset):
+    """What lies in the graph is the mean and the biased variance of the batch, as float64 computes them."""
+    torch.manual_seed(0)
+    x, norm = torch.randn(shape) * 3 + offset, make(5)
+    batch = batch_statistics(trained(norm, x), norm.eps)
+    dims = [axis for axis in range(x.dim()) if axis != 1]
+    torch.testing.assert_close(batch.mean.double(), x.double().mean(dims), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(batch.var.double(), x.double().var(dims, correction=0), rtol=1e-3, atol=0)
+    assert not batch.var.requires_grad
+
+
+@pytest.mark.parametrize(("make", "shape"), SHAPES)
+def test_moments_of_the_output_follow_from_gamma_beta_and_the_batch(make, shape):
+    """Mean and spread of the whole output agree with those of its values."""
+    torch.manual_seed(0)
+    x, norm = torch.randn(shape) * 3, make(5)
+    y = trained(norm, x)
+    batch = batch_statistics(y, norm.eps)
+    mean, var = output_moments([batch], [Scale(norm.weight, norm.bias, norm.eps)])[0].tolist()
+    assert mean == pytest.approx(y.double().mean().item(), abs=1e-5)
+    assert var == pytest.approx(y.double().var(correction=0).item(), rel=1e-5)
+
+
+def test_layers_of_different_widths_and_epsilons_are_computed_side_by_side():
+    """Each layer's moments are those that it has alone."""
+    torch.manual_seed(0)
+    norms = [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(7, eps=0.1), torch.nn.BatchNorm1d(2, affine=False)]
+    outputs = [norm(torch.randn(9, norm.num_features, requires_grad=True)) for norm in norms]
+    batches = [batch_statistics(y, norm.eps) for y, norm in zip(outputs, norms, strict=True)]
+    found = output_moments(batches, [Scale(norm.weight, norm.bias, norm.eps) for norm in norms])
+    for row, y in zip(found.tolist(), outputs, strict=True):
+        assert row == pytest.approx([y.double().mean().item(), y.double().var(correction=0).item()], rel=1e-4, abs=1e-6)
+
+
+def test_a_variance_beyond_float32_leaves_a_constant():
+    """Values whose variance overflows are put out as β, and NaN in the batch makes the moments NaN."""
+    norm = torch.nn.BatchNorm1d(1)
+    scale = Scale(norm.weight, norm.bias, norm.eps)
+    batch = batch_statistics(norm(torch.tensor([[1e25], [-1e25]])), norm.eps)
+    assert output_moments([batch], [scale])[0].tolist() == [0.0, 0.0]
+    batch = batch_statistics(norm(torch.tensor([[float("nan")], [1.0]])), norm.eps)
+    assert output_moments([batch], [scale])[0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "see",
+    [
+        pytest.param(lambda norm, x: norm.eval()(x), id="eval mode"),
+        pytest.param(lambda norm, x: torch.no_grad()(norm)(x), id="no gradients"),
+        pytest.param(lambda norm, x: norm(x) * 1, id="another operation"),
+    ],
+)
+def test_where_the_graph_holds_no_statistics_none_are_given(see):
+    """Without a training pass of BatchNorm in the graph there is nothing to read."""
+    norm = torch.nn.BatchNorm1d(3)
+    assert batch_statistics(see(norm, torch.randn(8, 3)), norm.eps) is None
+
+
+def test_a_checkpointed_layer_is_not_computed_again():
+    """Within hooks on saved tensors nothing is read, as reading would run the layer once more."""
+    norm, seen = torch.nn.BatchNorm1d(3), []
+    norm.register_forward_hook(lambda module, args, y: seen.append(batch_statistics(y, module.eps)))
+    checkpoint(norm, torch.randn(8, 3, requires_grad=True), use_reentrant=False)
+    assert seen == [None]
+    assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.01])
+def test_running_statistics_give_the_batch_statistics_back(momentum):
+    """The difference that one pass makes to the running statistics is the batch."""
+    torch.manual_seed(0)
+    norm, x = torch.nn.BatchNorm2d(3, momentum=momentum), torch.randn(4, 3, 5, 5) * 2 + 1
+    before = Batch(norm.running_mean.clone(), norm.running_var.clone())
+    norm(x)
+    after = Batch(norm.running_mean, norm.running_var)
+    found = batch_statistics_from_running(before, after, factor=momentum, count=100)
+    torch.testing.assert_close(found.mean, x.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.var, x.var((0, 2, 3), correction=0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("factor", "count"), [(0.0, 8), (0.1, 1)])
+def test_running_statistics_that_tell_nothing_are_refused(factor, count):
+    """Without weight on the new value, or with one value per channel, the error says what is needed."""
+    one = Batch(torch.zeros(1), torch.ones(1))
+    with pytest.raises(ValueError, match=f"factor must be positive and count at least 2, got {factor} and {count}"):
+        batch_statistics_from_running(one, one, factor=factor, count=count)
