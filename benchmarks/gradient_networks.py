@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (torch's own name for it)
 from zoo_cases import accuracy, classify, train
 from zoo_models import mlp
-from zoo_networks import CLASSES, PIXELS, SIDE, Around, perceptron
+from zoo_networks import CLASSES, PIXELS, SIDE, Around, Recurrent, perceptron
 
 
 class Bag(nn.Module):
@@ -149,14 +149,31 @@ class Targeted(Distilled):
 
     def __init__(self) -> None:
         super().__init__()
-        self.target, self.online = self.teacher, self.student
+        del self.teacher, self.student
         self.target, self.online = mlp(2), mlp(2)
         self.target.load_state_dict(self.online.state_dict())
-        del self.teacher, self.student
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of both."""
         return self.online(x), self.target(x).detach()
+
+
+class Actor(Distilled):
+    """A network that decides, and one beside it that learns large numbers: an actor and its critic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.teacher, self.student
+        self.actor, self.critic = mlp(3), perceptron([PIXELS, 64, 64, 64, 1], nn.ReLU)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and an estimate of 1000 times the mean pixel."""
+        return self.actor(x), self.critic(x.flatten(1)) - 1e3 * x.flatten(1).mean(1, keepdim=True) - 1e3
+
+    @staticmethod
+    def loss(out: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+        """Cross-entropy and squared error."""
+        return F.cross_entropy(out[0], labels) + out[1].square().mean()
 
 
 class Parted(nn.Module):
@@ -208,17 +225,12 @@ class Elman(nn.Module):
         return logits
 
 
-class Stack(nn.Module):
+class Stack(Recurrent):
     """An LSTM of three layers over the rows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lstm, self.head = nn.LSTM(SIDE, 32, 3, batch_first=True), nn.Linear(32, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        logits: Tensor = self.head(self.lstm(x.flatten(1).unflatten(1, (SIDE, SIDE)))[0][:, -1])
-        return logits
 
 
 class Variational(nn.Module):

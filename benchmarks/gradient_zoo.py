@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import zoo
 from gradient_networks import (
+    Actor,
     Bag,
     Chain,
     Collapsed,
@@ -135,6 +136,7 @@ HEALTHY: dict[str, Run] = {
     "experts, 32 rarely chosen": Run(classify(Rare)),
     "distilled, teacher in the optimizer": Run(classify(Distilled, loss=Distilled.loss, score=Distilled.score)),
     "target network in the optimizer": Run(classify(Targeted, loss=Targeted.loss, score=Targeted.score)),
+    "actor and critic": Run(classify(Actor, loss=Actor.loss, score=Actor.score)),
     "transformer 12, pre-norm": Run(classify(partial(transformer, nn.GELU, first=True, depth=12), enough=0.3)),
     "transformer 8, post-norm": Run(classify(partial(transformer, nn.GELU, first=False, depth=8), enough=0.2)),
     "transformer, keys with a bias": Run(

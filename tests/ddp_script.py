@@ -136,7 +136,7 @@ def demo():
 
 SCENARIOS = {
     "demo": demo,
-    "pooled": lambda: ([ActivationMonitor(every_n_steps=1)], Sharded()),
+    "pooled": lambda: ([ActivationMonitor(every_n_steps=1, max_overhead=None, parameters=True)], Sharded()),
     "init": lambda: ([WeightInit(seed=None if RANK else 5)], OwnData()),
     "lsuv": lambda: ([WeightInit("lsuv", seed=5)], Sharded()),
     "nan on rank 1": lambda: ([NaNGuard("raise")], OwnData(plant=True)),
@@ -198,6 +198,7 @@ def main(scenario: str, root: str) -> None:
         "finite": all(math.isfinite(float(x.double().sum())) for x in model.buffers())
         and math.isfinite(weights_of(model)),
         "rows": rows,
+        "windows": monitor.state_dict().get("windows", {}).get("state", torch.zeros(0)).tolist(),
     }
     Path(root, f"rank{RANK}.json").write_text(json.dumps(report))
 

@@ -46,15 +46,17 @@ def test_both_ranks_run_the_demo_with_all_callbacks_and_write_one_report(tmp_pat
 
 
 def test_statistics_are_those_of_the_joined_batch(tmp_path, make_trainer):
-    """Unequal halves of a batch on two ranks give the same numbers as the whole batch in one process."""
+    """Unequal halves of a batch on two ranks give the same numbers, and count the same units, as one process."""
     ranks = run("pooled", tmp_path)
     seed_everything(1)
-    alone = ActivationMonitor(every_n_steps=1)
-    make_trainer(alone).fit(Healthy(network(norm=False), lr=0.0), loader())
+    alone = ActivationMonitor(every_n_steps=1, max_overhead=None)
+    make_trainer(alone, max_epochs=2, num_sanity_val_steps=0).fit(Healthy(network(norm=False), lr=0.0), loader())
     assert set(ranks[0]["rows"]) == set(alone.statistics)
     for name, row in ranks[0]["rows"].items():
         assert row == pytest.approx(vars(alone.statistics[name]), rel=1e-6, abs=1e-7), name
     assert ranks[1]["rows"] == ranks[0]["rows"]
+    assert ranks[1]["windows"] == ranks[0]["windows"] == alone.state_dict()["windows"]["state"].tolist()
+    assert sum(ranks[0]["windows"]) > 0
 
 
 def test_ranks_start_from_the_weights_of_the_first_rank(tmp_path):

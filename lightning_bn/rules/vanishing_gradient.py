@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from lightning_bn.findings import Finding, Severity
 
@@ -103,7 +102,8 @@ def parts(step: Mapping[str, Weight]) -> list[dict[str, Weight]]:
     Left out are parts of fewer than four weights.
     """
     known = {name: row for name, row in step.items() if math.isfinite(row.slope)}
-    level = len(commonprefix([name.split(".") for name in known]))
+    columns = enumerate(zip(*(name.split(".") for name in known), strict=False))
+    level = next((depth for depth, names in columns if len(set(names)) > 1), 0)
     families = {name: name.split(".")[level].rstrip("0123456789") for name in known}
     counts = Counter(families[name] for name, row in known.items() if row.is_matrix)
     large = [family for family, count in counts.items() if count >= OWN] or [""]
