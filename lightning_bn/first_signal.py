@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,8 +53,8 @@ class SignalRecorder:
             return {}
         counts, rows = zip(*self._measured.values(), strict=True)
         device = rows[0].device
-        wide = torch.stack([row.to(device, wide_dtype(device)) for row in rows])
-        pooled = complete(wide, torch.tensor(counts, device=device)).cpu()
+        wide = torch.stack([row.to(device, wide_dtype(device)) for row in rows]).cpu().double().numpy()
+        pooled = complete(wide, np.array([float(count) for count in counts]))
         return {name: summarize(row) for name, row in zip(self._measured, pooled, strict=True)}
 
 

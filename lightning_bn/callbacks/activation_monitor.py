@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from lightning_bn.callbacks.hearing import Heard
     from lightning_bn.callbacks.windows import Window
     from lightning_bn.rules.vanishing_gradient import Weight
-    from lightning_bn.stats.moments import Summary
+    from lightning_bn.stats.moments import Rows, Summary
 
 
 class ActivationMonitor(Monitor):
@@ -105,7 +106,7 @@ class ActivationMonitor(Monitor):
         self._budget = Budget(self.max_overhead)
         self._switched_off = False
         self._started = False  # the first step of the run is over
-        self._was_due = False
+        self._is_due_now = self._was_due = False
         self._measured_at = self._logged_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -145,7 +146,8 @@ class ActivationMonitor(Monitor):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen on due steps; called by Lightning."""
-        if self._is_due(trainer) and not self._switched_off:
+        self._is_due_now = not self._switched_off and self._watch is not None and self._is_due(trainer)
+        if self._is_due_now:
             self._budget.begin()
             with self._budget:
                 self._listen(pl_module)
@@ -153,14 +155,14 @@ class ActivationMonitor(Monitor):
     @shielded
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let go of the model when the forward pass is over; called by Lightning."""
-        if pl_module.automatic_optimization:
+        if self._is_due_now and pl_module.automatic_optimization:
             with self._budget:
                 self.live.hooks.close()
 
     @shielded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at weights and gradients on due steps; called by Lightning."""
-        if self._updates is not None and self._is_due(trainer) and not self._switched_off:
+        if self._updates is not None and self._is_due_now:
             with self._budget:
                 self._updates.before(optimizer)
 
@@ -169,7 +171,7 @@ class ActivationMonitor(Monitor):
     ) -> None:
         """Pool and log what was heard; called by Lightning."""
         watch = self._watch
-        if self._switched_off or watch is None or not self._is_due(trainer):
+        if not self._is_due_now or watch is None:
             return
         with self._budget:
             self._stop_listening()
@@ -177,9 +179,10 @@ class ActivationMonitor(Monitor):
                 return
             if not watch.agreed or trainer.world_size == 1:
                 watch.agree(gather_objects(trainer, watch.sizes()))
-            message = self._say()
-            message = watch.excuse() if message is None else message
-            signals = self._take(self._gather(trainer, message))
+            heard = self._fetch()
+            message = watch.message(heard, *self._budget.latest)
+            ranks = watch.gather(message, trainer.strategy.all_gather if trainer.world_size > 1 else None)
+            signals = None if heard is None else self._take(heard, ranks)
             self._switched_off = self.off if signals is None else bool(signals[OFF])
             self._publish(trainer)
             self._started = True
@@ -245,21 +248,16 @@ class ActivationMonitor(Monitor):
         self.live.hooks.close()
 
     @shielded
-    def _say(self) -> Tensor | None:
-        spent, rest = self._budget.latest
-        return None if self._watch is None else self._watch.message(spent=spent, rest=rest)
-
-    def _gather(self, trainer: Trainer, message: Tensor) -> Tensor:
-        """Messages of all ranks, ``(ranks, length)``. A collective."""
-        gathered = trainer.strategy.all_gather(message) if trainer.world_size > 1 else message
-        return gathered.reshape(-1, len(message))
-
-    @shielded
-    def _take(self, ranks: Tensor) -> tuple[float, ...] | None:
+    def _fetch(self) -> Heard | None:
         if self._watch is None:
             return None
-        more = self._updates.after() if self._updates is not None else []
-        taken = self._watch.take(ranks, step_of(self.live.trainer), more)
+        return self._watch.fetch(self._updates.after() if self._updates is not None else ())
+
+    @shielded
+    def _take(self, heard: Heard, ranks: Rows) -> tuple[float, ...] | None:
+        if self._watch is None:
+            return None
+        taken = self._watch.take(heard, ranks, step_of(self.live.trainer))
         if taken.signals[OFF]:
             self.emit(not_watched("any further step", "the monitor failed on another process"))
             return taken.signals
@@ -269,8 +267,8 @@ class ActivationMonitor(Monitor):
             self.emit(finding)
         if self._updates is not None:
             whole = self.layers is None  # else a module that was not heard may have run
-            called = {name for name, graded in taken.heard.items() if graded} if whole else None
-            for finding in self._updates.read(taken.more, called, taken.heard.keys() if whole else None):
+            called = {name for name, graded in heard.order.items() if graded} if whole else None
+            for finding in self._updates.read(heard.more, called, heard.order.keys() if whole else None):
                 self.emit(finding)
             self.weights = self._updates.latest
         return taken.signals

@@ -3,78 +3,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks.wiring import WEIGHTED, Wiring
-from lightning_bn.stats.batchnorm import Batch, Scale, batch_statistics, output_moments
+from lightning_bn.stats.batchnorm import output_moments, saved_statistics
 from lightning_bn.stats.finite import is_measurable
-from lightning_bn.stats.moments import COUNT, M2, MEAN, blank, complete, measure, pool_into
-from lightning_bn.stats.sketch import PIECE, complete_sketches, sketch
+from lightning_bn.stats.moments import COUNT, M2, MEAN, MEASURED, Rows, blank, complete, measure, pool
+from lightning_bn.stats.sketch import complete_sketches, sketch
+from lightning_bn.stats.slots import COLUMNS, Slots
 from lightning_bn.stats.units import Kind, active_counts
 from lightning_bn.taps import tensors_in
 
+NONZERO = COLUMNS - 1
 
-@dataclass
+
+@dataclass(frozen=True)
 class Units:
-    """Units of one layer in one step, or over a window of steps.
+    """Units of one layer in one step, on the host.
 
     Args:
-        active: active values of each unit, ``(C,)``, on the device.
+        active: active values of each unit, ``(C,)``.
         values: values of each unit.
         samples: samples of the batches, the length of the first axis.
     """
 
-    active: Tensor
+    active: Rows
     values: int
     samples: int
 
+    def __add__(self, other: Units) -> Units:
+        """Both together: the layer was called again, or for the next micro-batch."""
+        return Units(self.active + other.active, self.values + other.values, self.samples + other.samples)
 
-class Hearing:
-    """Collects the numbers of one due step; nothing is read on the host before :meth:`finish`, nor by it.
+
+@dataclass(frozen=True)
+class Heard:
+    """The numbers of one due step of this rank, on the host.
 
     Args:
-        layers: module by name, in the order of the rows.
-        kinds: of those, the activations whose units are counted, with the axis of their channels.
-        careful: layers whose spread would be lost in plain sums; all of them are measured in two passes.
-        device: where the pooled rows lie.
-        wiring: follows the tensors from module to module, in the first step of a run; None in all others.
+        rows: pooled row of each layer, ``(layers, 7)``.
+        units: by layer what the activations of known kind did.
+        variances: by layer the median over channels of the batch variance in front of a BatchNorm layer.
+        varied: of layers with weights, where the wiring is followed: spread from sample to sample.
+        order: layers in the order in which they first ran, and whether gradients of their outputs were recorded.
+        more: the further numbers that were asked for.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Module],
-        kinds: Mapping[str, tuple[Kind, int]],
-        careful: Collection[str],
-        device: torch.device,
-        wiring: Wiring | None = None,
-    ) -> None:
-        self._names = list(layers)
-        self._places = {name: place for place, name in enumerate(self._names)}
-        self._kinds, self._careful, self._device, self._wiring = kinds, careful, device, wiring
+    rows: Rows
+    units: dict[str, Units]
+    variances: dict[str, float]
+    varied: dict[str, float]
+    order: dict[str, bool]
+    more: list[float]
+
+
+class Active(NamedTuple):
+    """Active values of one output on the device, and the rows of :class:`.Slots` whose zeros they tell."""
+
+    name: str
+    active: Tensor
+    values: int
+    samples: int
+    rows: range
+
+
+class Norm(NamedTuple):
+    """What a BatchNorm layer made of one batch: mean, 1/√(v + ε) and, with them if it has them, γ and β."""
+
+    name: str
+    size: int
+    channels: int
+    eps: float
+    vector: Tensor
+
+
+class Ear:
+    """Collects the numbers of a due step on the device; :meth:`tell` brings them to the host, all in one transfer.
+
+    Args:
+        layers: names, in the order of the rows.
+        kinds: of those, the activations whose units are counted, with the axis of their channels.
+        device: where numbers are put together.
+    """
+
+    def __init__(self, layers: Iterable[str], kinds: Mapping[str, tuple[Kind, int]], device: torch.device) -> None:
+        self._places = {name: place for place, name in enumerate(layers)}
+        self._kinds, self._device, self._slots = kinds, device, Slots(device)
+        self.careful: Collection[str] = set(self._places)
+        """Layers whose spread plain sums would lose, or of which nothing is known yet: measured in two passes."""
+        self.wiring: Wiring | None = Wiring()
+        """Follows the tensors from module to module in the first step of a run."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was heard."""
+        self._slots.clear()
+        self._pieces: list[tuple[int, int]] = []
         self._exact: list[tuple[int, int, Tensor]] = []
-        self._sums: list[tuple[int, int, list[Tensor]]] = []
-        self._free: list[tuple[int, int, Batch]] = []
-        self._variances: dict[str, Tensor] = {}
-        self._scales: dict[str, Scale] = {}
-        self.varied: dict[str, Tensor] = {}
-        """Of layers with weights, where the wiring is followed: spread from sample to sample, on its device."""
-        self.units: dict[str, Units] = {}
-        """What the activations of known kind did."""
-        self.order: dict[str, bool] = {}
-        """The layers in the order in which they first ran, and whether gradients of their outputs were recorded."""
+        self._norms: list[Norm] = []
+        self._active: list[Active] = []
+        self._varied: dict[str, Tensor] = {}
+        self._order: dict[str, bool] = {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of units of each activation that was heard."""
+        return {heard.name: len(heard.active) for heard in self._active}
 
     def hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """Measure an output; called after each forward pass of a layer, with gradients switched off."""
-        self.order[name] = self.order.get(name, False) or any(x.requires_grad for _, x in tensors_in(output))
-        if self._wiring is not None:
-            self._wiring.hear(name, module, inputs, output)
-        for _, x in [("", output)] if isinstance(output, Tensor) else tensors_in(output):
+        outputs = [output] if isinstance(output, Tensor) else [x for _, x in tensors_in(output)]
+        self._order[name] = self._order.get(name, False) or any(x.requires_grad for x in outputs)
+        if self.wiring is not None:
+            self.wiring.hear(name, module, inputs, output)
+        for x in outputs:
             if is_measurable(x) and x.dim() and not x.is_complex():
                 if torch.is_autocast_enabled(x.device.type):
                     with torch.autocast(x.device.type, enabled=False):
@@ -82,88 +132,117 @@ class Hearing:
                 else:
                     self._measure(name, module, x)
 
-    def finish(self) -> Tensor:
-        """The pooled rows of all layers, ``(layers, 7)``."""
-        state = blank(len(self._places), self._device)
-        heard = [(place, size) for part in (self._exact, self._sums, self._free) for place, size, *_ in part]
-        if not heard:
-            return state
-        places, sizes = zip(*heard, strict=True)
-        counts = torch.tensor(sizes, dtype=state.dtype).to(self._device, non_blocking=True)
-        exact, sums, free = torch.split(counts, [len(self._exact), len(self._sums), len(self._free)])
-        rows = []
+    def tell(self, more: Sequence[Tensor] = ()) -> Heard:
+        """What was heard since :meth:`begin`, which is called again.
+
+        Args:
+            more: further 0-dimensional numbers that are to come with it.
+        """
+        host = _Reader(self._fetch(more))
+        sums = host.take(len(self._pieces) * COLUMNS).reshape(-1, COLUMNS)
+        exact = host.take(len(self._exact) * MEASURED).reshape(-1, MEASURED)
+        free, variances = self._read_norms(host)
+        units = self._read_units(host, sums)
+        varied = dict(zip(self._varied, host.take(len(self._varied)).tolist(), strict=True))
+        rows = [complete_sketches(sums, np.array([float(size) for _, size in self._pieces])), free]
         if self._exact:
-            rows.append(complete(self._stack([row.to(state.dtype) for *_, row in self._exact]), exact))
-        if self._sums:
-            values = self._stack([value for *_, row in self._sums for value in row])
-            rows.append(complete_sketches(values.view(len(sums), -1), sums))
-        if self._free:
-            batches = [batch for *_, batch in self._free]
-            scales = [self._scales[self._names[place]] for place, *_ in self._free]
-            rows.append(_free_rows(output_moments(batches, scales), free).to(state))
-        if len(set(places)) == len(places):
-            at = torch.tensor(places).to(self._device, non_blocking=True)
-            state.index_copy_(0, at, torch.cat(rows))
-        else:
-            pool_into(state, places, torch.cat(rows))
-        self._exact, self._sums, self._free = [], [], []
-        return state
-
-    def variances(self) -> dict[str, Tensor]:
-        """Median over channels of the batch variance in front of each BatchNorm layer, on its device."""
-        return {name: var.median() for name, var in self._variances.items()}
-
-    def _stack(self, values: list[Tensor]) -> Tensor:
-        """Values of one shape, on the device of the state."""
-        if any(value.device != self._device for value in values):
-            values = [value.to(self._device, non_blocking=True) for value in values]
-        return torch.stack(values)
+            rows.insert(1, complete(exact, np.array([float(size) for _, size, _ in self._exact])))
+        places = [*(place for place, _ in self._pieces), *(place for place, *_ in self._exact)]
+        places += [self._places[norm.name] for norm in self._norms]
+        pooled = pool(np.concatenate(rows), places, len(self._places))
+        told = Heard(pooled, units, variances, varied, self._order, host.rest())
+        self.begin()
+        return told
 
     def _measure(self, name: str, module: nn.Module, x: Tensor) -> None:
-        place, size = self._places[name], x.numel()
-        if isinstance(module, _BatchNorm) and self._read_batchnorm(name, module, x):
+        if isinstance(module, _BatchNorm) and self._ask(name, module, x):
             return
         x = x.detach()
         x = x.to_local() if hasattr(x, "to_local") else x  # a DTensor: this rank's shard
-        if self._wiring is not None and isinstance(module, WEIGHTED) and x.dim() > 1 and size:
-            self.varied[name] = _over_samples(x, -1 if isinstance(module, nn.Linear) else 1)
-        kind = self._kinds.get(name)
-        active = None
-        if kind is not None and size:
-            active = active_counts(x if x.dtype == torch.float32 else x.float(), *kind)
-            self._count(name, active, x)
-        if name in self._careful or x.dtype == torch.float64:
+        place, size = self._places[name], x.numel()
+        if self.wiring is not None and isinstance(module, WEIGHTED) and x.dim() > 1 and size:
+            self._varied[name] = _over_samples(x, -1 if isinstance(module, nn.Linear) else 1)
+        careful = name in self.careful or x.dtype == torch.float64 or x.device != self._device
+        if careful:
             self._exact.append((place, size, measure(x)))
-            return
         x = x if x.dtype == torch.float32 else x.float()
-        nonzero = active.sum() if active is not None and kind is not None and kind[0].name == "relu" else None
-        pieces = sketch(x, zeros=nonzero is None)
-        for number, sums in enumerate(pieces):
-            if nonzero is not None:  # of the whole tensor, said with its first piece
-                sums.append(nonzero if number == 0 else torch.zeros_like(nonzero))
-            held = min(PIECE, size - number * PIECE) if len(pieces) > 1 else size
-            self._sums.append((place, held, sums))
+        kind, first = self._kinds.get(name) if size else None, len(self._pieces)
+        told = kind is not None and kind[0].name == "relu"  # active is what is not 0
+        if not careful:
+            self._pieces += [(place, held) for held in sketch(x, self._slots, zeros=not told)]
+        if kind is not None:
+            active, samples = active_counts(x, *kind), x.shape[0] if x.dim() > 1 else 1
+            rows = range(first, len(self._pieces) if told else first)
+            self._active.append(Active(name, active, size // len(active), samples, rows))
 
-    def _count(self, name: str, active: Tensor, x: Tensor) -> None:
-        now = Units(active, x.numel() // active.numel(), x.shape[0] if x.dim() > 1 else 1)
-        known = self.units.get(name)
-        if known is not None and known.active.shape == active.shape:  # called again, or the next micro-batch
-            now = Units(known.active + active, known.values + now.values, known.samples + now.samples)
-        self.units[name] = now
-
-    def _read_batchnorm(self, name: str, module: _BatchNorm, output: Tensor) -> bool:
-        batch = batch_statistics(output, module.eps)
-        if batch is None or batch.var.device != self._device:
+    def _ask(self, name: str, module: _BatchNorm, output: Tensor) -> bool:
+        """Let a BatchNorm layer in training say what it computed anyway."""
+        saved = saved_statistics(output)
+        if saved is None:
             return False
-        self._variances[name] = batch.var
-        # Copies: when the numbers are put together, the optimizer has moved γ and β.
-        self._scales[name] = Scale(_copy(module.weight), _copy(module.bias), module.eps)
-        self._free.append((self._places[name], output.numel(), batch))
+        mean, inverse = saved
+        gamma: Tensor | None = module.weight
+        beta: Tensor | None = module.bias
+        parts = [mean, inverse]
+        if gamma is not None or beta is not None:
+            parts.append(torch.ones_like(mean) if gamma is None else gamma)
+            parts.append(torch.zeros_like(mean) if beta is None else beta)
+        # A copy: when the numbers are put together, the optimizer has moved γ and β.
+        self._norms.append(Norm(name, output.numel(), len(mean), module.eps, torch.cat(parts).detach()))
         return True
 
+    def _fetch(self, more: Sequence[Tensor]) -> Rows:
+        parts = [*self._slots.taken(), *(values for *_, values in self._exact)]
+        parts += [norm.vector for norm in self._norms]
+        parts += [heard.active for heard in self._active]
+        for single in (list(self._varied.values()), list(more)):
+            if single:
+                parts.append(torch.stack(self._here(single)))
+        if not parts:
+            return np.zeros(0)
+        return torch.cat(self._here(parts)).cpu().double().numpy()
 
-def _copy(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.detach().clone()
+    def _here(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [x if x.device == self._device else x.to(self._device, non_blocking=True) for x in tensors]
+
+    def _read_norms(self, host: _Reader) -> tuple[Rows, dict[str, float]]:
+        """Rows of which mean and variance are known, and range and zeros are not; and median batch variances."""
+        rows, variances = blank(len(self._norms)), {}
+        for row, norm in zip(rows, self._norms, strict=True):
+            mean, inverse, *affine = host.take(len(norm.vector)).reshape(-1, norm.channels)
+            gamma, beta = affine or (np.ones(norm.channels), np.zeros(norm.channels))
+            total, spread = output_moments(mean, inverse, gamma, beta, norm.eps)
+            row[COUNT], row[MEAN], row[M2] = norm.size, total, spread * norm.size
+            middle = float(np.sort(inverse)[norm.channels // 2])
+            variances[norm.name] = 1 / middle**2 - norm.eps if middle else math.inf
+        return rows, variances
+
+    def _read_units(self, host: _Reader, sums: Rows) -> dict[str, Units]:
+        """Units by layer; and the rows of ReLU are told how many values are not 0."""
+        found: dict[str, Units] = {}
+        for heard in self._active:
+            active = host.take(len(heard.active))
+            left = active.sum()
+            for row in heard.rows:
+                sums[row, NONZERO] = min(left, self._pieces[row][1])
+                left -= sums[row, NONZERO]
+            units, known = Units(active, heard.values, heard.samples), found.get(heard.name)
+            found[heard.name] = known + units if known is not None and len(known.active) == len(active) else units
+        return found
+
+
+class _Reader:
+    """Takes numbers off the front."""
+
+    def __init__(self, numbers: Rows) -> None:
+        self._numbers, self._at = numbers, 0
+
+    def take(self, count: int) -> Rows:
+        self._at += count
+        return self._numbers[self._at - count : self._at]
+
+    def rest(self) -> list[float]:
+        return list(map(float, self._numbers[self._at :]))
 
 
 def _over_samples(x: Tensor, axis: int) -> Tensor:
@@ -171,11 +250,3 @@ def _over_samples(x: Tensor, axis: int) -> Tensor:
     axis = axis % x.dim()
     dims = [other for other in range(x.dim()) if other != axis]
     return x.double().var(dims, correction=0).mean().sqrt() if x.device.type != "mps" else x.float().std()
-
-
-def _free_rows(pairs: Tensor, counts: Tensor) -> Tensor:
-    """Rows of which mean and variance are known, ``(K, 2)``, and range and zeros are not."""
-    rows = blank(len(pairs), pairs.device)
-    rows[:, COUNT], rows[:, MEAN] = counts.to(rows), pairs[:, 0]
-    rows[:, M2] = pairs[:, 1] * rows[:, COUNT]
-    return rows

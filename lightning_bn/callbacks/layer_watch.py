@@ -3,22 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.callbacks.hearing import Hearing
+from lightning_bn.callbacks.hearing import Ear, Heard
 from lightning_bn.callbacks.verdicts import of_batchnorm, of_signal, of_units
-from lightning_bn.callbacks.windows import WIDTH as UNIT_COLUMNS
 from lightning_bn.callbacks.windows import Window, Windows
-from lightning_bn.callbacks.wiring import WEIGHTED, Wiring
+from lightning_bn.callbacks.wiring import WEIGHTED
 from lightning_bn.channels import channel_axes, inner_modules
 from lightning_bn.findings import Finding
-from lightning_bn.stats.moments import WIDTH, Summary, is_plain, pool, summarize
+from lightning_bn.stats.moments import WIDTH, Rows, Summary, blank, is_plain, pool, summarize, wide_dtype
 from lightning_bn.stats.units import kind_of
 from lightning_bn.taps import FAST_IN_EVAL, Hear, listen, reachable
 
@@ -37,16 +36,12 @@ class Taken:
         closed: by activation layer its window, where one has become long enough in this step.
         signals: the largest of each signal over the ranks.
         findings: what the rules say.
-        more: the further numbers that were asked for.
-        heard: layers that this rank heard, and whether gradients were recorded in them.
     """
 
     statistics: dict[str, Summary]
     closed: dict[str, Window]
     signals: tuple[float, ...]
     findings: list[Finding]
-    more: list[float]
-    heard: dict[str, bool]
 
 
 class LayerWatch:
@@ -55,7 +50,7 @@ class LayerWatch:
     Args:
         model: the whole network.
         layers: those of it that are measured, by name.
-        device: where numbers are pooled.
+        device: where numbers are put together before they come to the host.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -63,51 +58,62 @@ class LayerWatch:
         self.layers = dict(layers)
         axes, kinds = channel_axes(model), {name: kind_of(module) for name, module in layers.items()}
         self._kinds = {name: (kind, axes[layers[name]]) for name, kind in kinds.items() if kind}
-        self.windows = Windows(device, [name for name, (kind, _) in self._kinds.items() if kind.bounded])
+        self.windows = Windows([name for name, (kind, _) in self._kinds.items() if kind.bounded])
         self._inner = inner_modules(model)
-        self._wiring: Wiring | None = Wiring()
+        self._weighted = {name for name, module in layers.items() if isinstance(module, WEIGHTED)}
         self._direct: frozenset[str] = frozenset()
         self._dropouts: dict[str, tuple[str, float]] = {}
         self._fickle = any(isinstance(module, FAST_IN_EVAL) for module in model.modules())
-        self._careful = set(layers)  # nothing is known of them yet
         self._device = device
-        self._hearing: Hearing | None = None
+        self._ear = Ear(layers, self._kinds, device)
+        self.hear = self._ear.hear
+        self.forget = self._ear.begin
 
     def listen(self, model: nn.Module, hear: Hear) -> AbstractContextManager[None]:
         """Have the layers heard while the block lasts; further blocks of the same due step add to the first.
 
         Args:
             model: the whole network.
-            hear: is called for each output, and is to call :meth:`hear`.
+            hear: is called for each output, and is to call :attr:`hear`.
         """
-        if self._hearing is None:
-            self._hearing = Hearing(self.layers, self._kinds, self._careful, self._device, self._wiring)
         # Modules may have gone into eval mode meanwhile.
         within = reachable(model)[0] if self._fickle else self.layers
         return listen({name: module for name, module in self.layers.items() if name in within}, hear)
 
-    def hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Measure the output of one layer."""
-        if self._hearing is not None:
-            self._hearing.hear(name, module, inputs, output)
+    def fetch(self, more: Sequence[Tensor] = ()) -> Heard:
+        """The numbers of a due step that is over; one transfer brings all of them to the host.
 
-    def forget(self) -> None:
-        """Drop what was heard in a due step that was broken off."""
-        self._hearing = None
+        Args:
+            more: further 0-dimensional numbers for the same transfer.
+        """
+        heard = self._ear.tell(more)
+        self.heard = self.heard or bool(heard.order)
+        return heard
 
-    def message(self, *, spent: float, rest: float) -> Tensor:
-        """What this rank has to say of a due step that is over, one vector; it has the same length on every rank."""
-        hearing = self._hearing or Hearing({}, {}, (), self._device)
-        rows = hearing.finish() if self._hearing else Hearing(self.layers, {}, (), self._device).finish()
-        self.heard = self.heard or bool(hearing.order)
-        signals = torch.tensor([0.0, spent, rest], dtype=rows.dtype).to(self._device, non_blocking=True)
-        return torch.cat([signals, rows.flatten(), self.windows.message(hearing.units)])
+    def message(self, heard: Heard | None, spent: float, rest: float) -> Rows:
+        """What this rank has to say of a due step, one vector; it has the same length on every rank.
 
-    def excuse(self) -> Tensor:
-        """The message of a rank whose monitor is off."""
-        message = Hearing(self.layers, {}, (), self._device).finish().flatten()
-        size = SIGNALS + len(message) + len(self.windows.message({}))
-        return torch.cat([message.new_ones(1), message.new_zeros(SIGNALS - 1), message, message.new_zeros(size)])[:size]
+        Args:
+            heard: what :meth:`fetch` gave; None of a rank whose monitor is off.
+            spent: seconds that measuring the last due step took.
+            rest: seconds of that step without.
+        """
+        if heard is None:
+            silence = blank(len(self.layers)).ravel()
+            return np.concatenate([[1.0, 0.0, 0.0], silence, self.windows.message({})])
+        return np.concatenate([[0.0, spent, rest], heard.rows.ravel(), self.windows.message(heard.units)])
+
+    def gather(self, message: Rows, all_gather: Callable[[Tensor], Tensor] | None) -> Rows:
+        """The messages of all ranks, ``(ranks, length)``.
+
+        Args:
+            message: that of this rank.
+            all_gather: gives the tensors of all ranks, stacked; a collective. None where there is one rank only.
+        """
+        if all_gather is None:
+            return message[None]
+        mine = torch.from_numpy(message).to(self._device, wide_dtype(self._device))
+        return all_gather(mine).reshape(-1, len(message)).cpu().double().numpy()
 
     @property
     def agreed(self) -> bool:
@@ -116,7 +122,7 @@ class LayerWatch:
 
     def sizes(self) -> dict[str, int]:
         """Number of units of each layer that this rank heard in the present due step."""
-        return {name: len(units.active) for name, units in self._hearing.units.items()} if self._hearing else {}
+        return self._ear.sizes
 
     def agree(self, ranks: Sequence[Mapping[str, int]]) -> None:
         """Give every layer a place whose units any rank heard.
@@ -127,57 +133,33 @@ class LayerWatch:
         for sizes in ranks:
             self.windows.extend(sizes)
 
-    def take(self, ranks: Tensor, step: int, more: Sequence[Tensor] = ()) -> Taken:
-        """Pool the messages of all ranks, ``(ranks, length)``, on the device; one transfer brings all to the host.
+    def take(self, heard: Heard, ranks: Rows, step: int) -> Taken:
+        """Pool the messages of all ranks.
 
         Args:
-            ranks: messages.
+            heard: what this rank heard.
+            ranks: messages, ``(ranks, length)``.
             step: optimizer steps taken before.
-            more: further 0-dimensional numbers for the same transfer, of this rank alone.
         """
         width = SIGNALS + WIDTH * len(self.layers)
-        signals, rows, units = ranks[:, :SIGNALS].amax(0), ranks[:, SIGNALS:width], ranks[:, width:]
-        pooled = rows[0].view(-1, WIDTH)
-        for other in rows[1:]:
-            pooled = pool(pooled, other.view(-1, WIDTH))
-        self.windows.add(units)
-        hearing = self._hearing or Hearing({}, {}, (), self._device)
-        medians = hearing.variances()
-        extra = [one.to(pooled) for one in (*medians.values(), *hearing.varied.values(), *more)]
-        parts = [signals, pooled.flatten(), self.windows.summary().flatten()]
-        parts += [torch.stack(extra)] if extra else []
-        host = iter(torch.cat(parts).tolist())
-        told = tuple(_next(host, SIGNALS))
-        found = {name: summarize(_next(host, WIDTH)) for name in self.layers}
-        closed = self.windows.close([_next(host, UNIT_COLUMNS) for _ in self.windows.layout])
-        variances = dict(zip(medians, _next(host, len(medians)), strict=True))
-        varied = dict(zip(hearing.varied, _next(host, len(hearing.varied)), strict=True))
-        self._careful = {name for name, row in found.items() if not is_plain(row)}
+        rows = ranks[:, SIGNALS:width].reshape(-1, WIDTH)
+        pooled = rows if len(ranks) == 1 else pool(rows, [*range(len(self.layers))] * len(ranks), len(self.layers))
+        self.windows.add(ranks[:, width:])
+        found = dict(zip(self.layers, map(summarize, pooled.tolist()), strict=True))
+        closed = self.windows.close()
+        self._ear.careful = {name for name, row in found.items() if not is_plain(row)}
+        self._learn_wiring()
+        stds = {name: found[name].std for name in heard.order if name in self._weighted}
         findings = [
-            *of_units(closed, self._kinds, inner=self._inner, direct=self._learn_wiring()),
-            *of_signal({name: found[name].std for name in hearing.order if self._holds_weights(name)}, varied),
-            *of_batchnorm(self.layers, variances, self._dropouts, step),
+            *of_units(closed, self._kinds, inner=self._inner, direct=self._direct),
+            *of_signal(stds, heard.varied),
+            *of_batchnorm(self.layers, heard.variances, self._dropouts, step),
         ]
-        self._hearing = None
-        return Taken(
-            {name: row for name, row in found.items() if row.count},
-            closed,
-            told,
-            findings,
-            list(host),
-            dict(hearing.order),
-        )
+        measured = {name: row for name, row in found.items() if row.count}
+        return Taken(measured, closed, tuple(ranks[:, :SIGNALS].max(0).tolist()), findings)
 
-    def _learn_wiring(self) -> frozenset[str]:
+    def _learn_wiring(self) -> None:
         """Let go of the wiring when the first step is over, and keep what it told."""
-        if self._wiring is not None:
-            self._direct, self._dropouts = frozenset(self._wiring.direct), dict(self._wiring.dropouts)
-            self._wiring = None
-        return self._direct
-
-    def _holds_weights(self, name: str) -> bool:
-        return isinstance(self.layers[name], WEIGHTED)
-
-
-def _next(numbers: Iterator[float], size: int) -> list[float]:
-    return [next(numbers) for _ in range(size)]
+        wiring, self._ear.wiring = self._ear.wiring, None
+        if wiring is not None:
+            self._direct, self._dropouts = frozenset(wiring.direct), dict(wiring.dropouts)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bn.stats.moments import wide_dtype
+from lightning_bn.stats.moments import Rows
 
 TINY = 1e-6  # a γ this small, root mean square, is a deliberate zero start and no unit to measure in
 
@@ -88,19 +90,28 @@ class Batch:
     var: Tensor
 
 
-@dataclass(frozen=True)
-class Scale:
-    """What a BatchNorm layer does behind the normalisation.
+def saved_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Batch mean and 1/√(v + ε) as a BatchNorm layer left them in the autograd graph: no operation runs.
 
     Args:
-        gamma: ``(C,)`` or None for 1.
-        beta: ``(C,)`` or None for 0.
-        eps: its ε.
-    """
+        output: what the layer put out, ``(N, C, *)``, before the backward pass frees the graph.
 
-    gamma: Tensor | None
-    beta: Tensor | None
-    eps: float
+    Returns:
+        ``(C,)`` each, float32, v being the biased batch variance; over all ranks for SyncBatchNorm. None where the
+        graph does not hold them: in eval mode, without gradients, under ``torch.compile``, and within hooks on saved
+        tensors (checkpointing), where a look would compute the layer again.
+    """
+    node = output.grad_fn
+    if node is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # noqa: SLF001  (no public name)
+        return None
+    name = node.name()
+    if name in {"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"}:
+        mean, inverse = node._saved_result1, node._saved_result2  # type: ignore[attr-defined]  # noqa: SLF001  (torch's own name)
+    elif name == "SyncBatchNormBackward":
+        mean, inverse = node.saved_tensors[2:4]  # type: ignore[attr-defined]
+    else:
+        return None
+    return None if mean is None or mean.numel() == 0 else (mean, inverse)  # empty in eval mode
 
 
 def batch_statistics(output: Tensor, eps: float) -> Batch | None:
@@ -113,28 +124,17 @@ def batch_statistics(output: Tensor, eps: float) -> Batch | None:
         eps: the layer's ε.
 
     Returns:
-        ``(C,)`` each, float32, without a graph; over all ranks for SyncBatchNorm. None where the graph does not hold
-        them: in eval mode, without gradients, under ``torch.compile``, and within hooks on saved tensors
-        (checkpointing), where a look would compute the layer again.
+        ``(C,)`` each, float32, without a graph; None where :func:`saved_statistics` finds none.
 
     Example:
         >>> norm, x = torch.nn.BatchNorm1d(1), torch.tensor([[0.0], [2.0]])
         >>> batch_statistics(norm(x), norm.eps).mean.tolist()
         [1.0]
     """
-    node = output.grad_fn
-    if node is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # noqa: SLF001  (no public name)
+    saved = saved_statistics(output)
+    if saved is None:
         return None
-    name = node.name()
-    if name in {"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"}:
-        mean, inverse = node._saved_result1, node._saved_result2  # type: ignore[attr-defined]  # noqa: SLF001  (torch's own name)
-    elif name == "SyncBatchNormBackward":
-        mean, inverse = node.saved_tensors[2:4]  # type: ignore[attr-defined]
-    else:
-        return None
-    if mean is None or mean.numel() == 0:  # eval mode
-        return None
-    mean, inverse = mean.detach(), inverse.detach()
+    mean, inverse = (value.detach() for value in saved)
     return Batch(mean, inverse.square().reciprocal() - eps)
 
 
@@ -161,41 +161,27 @@ def batch_statistics_from_running(before: Batch, after: Batch, *, factor: float,
     return Batch(mean, var)
 
 
-def output_moments(batches: Sequence[Batch], layers: Sequence[Scale]) -> Tensor:
-    """Mean and variance of the whole output of BatchNorm layers in training, all layers in the same few operations.
+def output_moments(mean: Rows, inverse: Rows, gamma: Rows, beta: Rows, eps: float) -> tuple[float, float]:
+    """Mean and variance of the whole output of a BatchNorm layer in training.
 
     They follow from γ, β and the batch variance v: each channel has mean β and variance γ²·v/(v + ε), and as many
     values as every other (Ioffe & Szegedy 2015, alg. 1).
 
     Args:
-        batches: what each layer computed from its batch; all on one device.
-        layers: γ, β and ε of each.
+        mean: batch mean of the input, ``(C,)``, on the host as all others.
+        inverse: 1/√(v + ε), v being the biased batch variance of the input, ``(C,)``.
+        gamma: ``(C,)``.
+        beta: ``(C,)``.
+        eps: the layer's ε.
 
     Returns:
-        ``(layers, 2)``: mean and biased variance over all values, float64 (float32 on MPS). No host read.
+        Mean and biased variance over all values; NaN where a value of the input was not finite.
     """
-    wide, sizes = wide_dtype(batches[0].var.device), [len(batch.var) for batch in batches]
-    var = torch.cat([batch.var for batch in batches]).to(wide)
-    eps = _spread([layer.eps for layer in layers], sizes, var)
-    gamma = torch.cat([_or(layer.gamma, batch.var, 1.0) for layer, batch in zip(layers, batches, strict=True)]).to(wide)
-    beta = torch.cat([_or(layer.beta, batch.var, 0.0) for layer, batch in zip(layers, batches, strict=True)]).to(wide)
-    # A variance beyond float32 leaves (x - mean) · 0: the channel is constant. NaN stays NaN.
-    scale = gamma.square() * torch.where(var == torch.inf, 0.0, var.clamp(min=0) / (var + eps))
-    trouble = torch.cat([batch.mean for batch in batches]).to(wide) * 0  # NaN where a value was not finite
-    flat = torch.stack([beta + trouble, scale + beta.square()])
-    if len(set(sizes)) == 1:
-        mean, square = flat.view(2, len(sizes), -1).mean(2)
-    else:
-        mean, square = torch.stack([part.mean(1) for part in torch.split(flat, sizes, dim=1)], dim=1)
-    return torch.stack([mean, (square - mean.square()).clamp(min=0)], dim=1)
-
-
-def _spread(values: Sequence[float], sizes: Sequence[int], like: Tensor) -> Tensor | float:
-    """One value a layer, for each of its channels."""
-    if len(set(values)) == 1:
-        return values[0]
-    return torch.cat([like.new_full((size,), value) for value, size in zip(values, sizes, strict=True)])
-
-
-def _or(values: Tensor | None, like: Tensor, default: float) -> Tensor:
-    return torch.full_like(like, default) if values is None else values.detach().to(like.dtype)
+    count = len(mean)
+    if not math.isfinite(mean.sum()):
+        return math.nan, math.nan
+    square = inverse * inverse
+    # A variance beyond float32 leaves (x - mean) · 0: the channel is constant.
+    kept = np.where(square > 0, np.maximum(1 - eps * square, 0), 0)
+    total = float(beta.sum()) / count
+    return total, max(float(np.dot(gamma * gamma, kept) + np.dot(beta, beta)) / count - total**2, 0.0)

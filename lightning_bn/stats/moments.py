@@ -4,23 +4,33 @@
 A state is a row ``(count, mean, m2, low, high, zeros, known)``; ``m2`` is the sum of squared deviations from the mean,
 ``known`` the number of values whose range and zeros were looked at. Rows of two batches, of two micro-batches or of two
 ranks pool exactly, whatever their sizes.
+
+Only the reductions run where the tensor is. What follows is arithmetic on a handful of numbers, in NumPy and float64:
+an operation on so few costs torch several times as much.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 COUNT, MEAN, M2, LOW, HIGH, ZEROS, KNOWN = range(7)
 WIDTH = 7
+MEASURED = 6
+"""Numbers that :func:`measure` gives."""
 PLAIN_MEAN, PLAIN = 3.0, (1e-12, 1e12)
 """Largest mean, in standard deviations, and range of the largest absolute value, of values that need no care."""
 TINY = torch.finfo(torch.float32).tiny
 EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
+
+Rows = NDArray[np.float64]
+"""Numbers on the host."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +68,10 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def blank(rows: int, device: torch.device) -> Tensor:
+def blank(rows: int) -> Rows:
     """The state before anything was seen, ``(rows, 7)``: pooling with it changes nothing."""
-    state = torch.zeros(rows, WIDTH, dtype=wide_dtype(device), device=device)
-    state[:, LOW], state[:, HIGH] = torch.inf, -torch.inf
+    state = np.zeros((rows, WIDTH))
+    state[:, LOW], state[:, HIGH] = np.inf, -np.inf
     return state
 
 
@@ -92,7 +102,7 @@ def measure(x: Tensor) -> Tensor:
     return torch.stack([low, high, mean, residue, y.square_().sum(), torch.sign(x).abs_().sum()])
 
 
-def complete(measured: Tensor, counts: Tensor) -> Tensor:
+def complete(measured: Rows, counts: Rows) -> Rows:
     """Rows of many measured tensors at once.
 
     Args:
@@ -100,79 +110,71 @@ def complete(measured: Tensor, counts: Tensor) -> Tensor:
         counts: ``(K,)``, their numbers of elements.
 
     Returns:
-        ``(K, 7)``, a state for each, in the dtype of :func:`wide_dtype`.
+        ``(K, 7)``, a state for each.
     """
-    low, high, mean, residue, squares, nonzero = measured.to(wide_dtype(measured.device)).unbind(-1)
-    counts = counts.to(low)
-    absmax = torch.maximum(high, -low)
-    scale = _scale(absmax)
-    # The sign of NaN is 0; and float32 counts past 2**24 may be one too high.
-    zeros = torch.where(torch.isnan(absmax), absmax, (counts - nonzero).clamp(min=0))
-    m2 = (squares - counts * residue.square()) * scale.square()
-    return torch.stack([counts, (mean + residue) * scale, m2, low, high, zeros, counts], dim=-1)
+    low, high, mean, residue, squares, nonzero = measured.T
+    with np.errstate(all="ignore"):
+        absmax = np.maximum(high, -low)
+        scale = np.maximum(np.exp2(np.frexp(absmax)[1] - 1.0), TINY)
+        m2 = (squares - counts * residue**2) * scale**2
+        zeros = zero_counts(counts, nonzero, absmax)
+        rows: Rows = np.stack([counts, (mean + residue) * scale, m2, low, high, zeros, counts], axis=1)
+    return rows
 
 
-def moments(x: Tensor) -> Tensor:
-    """The row of one tensor; nothing is read on the host.
+def zero_counts(counts: Rows, nonzero: Rows, absmax: Rows) -> Rows:
+    """Number of zeros: undefined where a value was NaN, and never below 0, as float32 counts round past 2**24."""
+    found: Rows = np.where(np.isnan(absmax), np.nan, np.maximum(counts - nonzero, 0))
+    return found
+
+
+def moments(x: Tensor) -> Rows:
+    """The row of one tensor.
 
     Args:
         x: floating-point tensor of any shape and memory format; all axes are reduced.
 
     Returns:
-        ``(7,)`` on the device of ``x``, float64 (float32 on MPS).
+        ``(7,)``, on the host.
 
     Example:
         >>> summarize(moments(torch.tensor([0.0, 2.0])))
         Summary(count=2, mean=1.0, std=1.0, absmax=2.0, zero_share=0.5, low=0.0, high=2.0, ranged=True)
     """
-    measured = measure(x)
-    return complete(measured[None], measured.new_full((1,), x.numel(), dtype=wide_dtype(x.device)))[0]
+    row: Rows = complete(measure(x).cpu().double().numpy()[None], np.array([float(x.numel())]))[0]
+    return row
 
 
-def pool(a: Tensor, b: Tensor) -> Tensor:
-    """Pool two states exactly: Chan, Golub & LeVeque 1983, eq. 2.1.
+def pool(rows: Rows, places: Sequence[int], layers: int) -> Rows:
+    """Pool rows into the layers they belong to, exactly: Chan, Golub & LeVeque 1983, eq. 2.1, for any number of parts.
 
     Args:
-        a: ``(..., 7)``.
-        b: ``(..., 7)``, same dtype and device.
+        rows: ``(K, 7)``.
+        places: layer of each row; a layer may have several rows, or none.
+        layers: number of layers.
 
     Returns:
-        ``(..., 7)``, the state of all values behind ``a`` and ``b`` together.
+        ``(layers, 7)``: for each layer the state of all values behind its rows together.
     """
-    count = a[..., COUNT] + b[..., COUNT]
-    share = b[..., COUNT] / count.clamp(min=1)
-    delta = b[..., MEAN] - a[..., MEAN]
-    mean = a[..., MEAN] + delta * share
-    m2 = a[..., M2] + b[..., M2] + delta.square() * a[..., COUNT] * share
-    low = torch.minimum(a[..., LOW], b[..., LOW])
-    high = torch.maximum(a[..., HIGH], b[..., HIGH])
-    zeros, known = a[..., ZEROS] + b[..., ZEROS], a[..., KNOWN] + b[..., KNOWN]
-    return torch.stack([count, mean, m2, low, high, zeros, known], dim=-1)
+    state, at = blank(layers), np.asarray(places, dtype=np.intp)
+    if len(set(places)) == len(places):
+        state[at] = rows
+        return state
+    with np.errstate(all="ignore"):
+        state[:, COUNT] = _sums(rows[:, COUNT], at, layers)
+        state[:, MEAN] = _sums(_product(rows[:, COUNT], rows[:, MEAN]), at, layers) / np.maximum(state[:, COUNT], 1)
+        apart = _product(rows[:, COUNT], (rows[:, MEAN] - state[at, MEAN]) ** 2)
+        state[:, M2] = _sums(rows[:, M2] + apart, at, layers)
+        np.minimum.at(state[:, LOW], at, rows[:, LOW])
+        np.maximum.at(state[:, HIGH], at, rows[:, HIGH])
+        for column in (ZEROS, KNOWN):
+            state[:, column] = _sums(rows[:, column], at, layers)
+    return state
 
 
-def pool_into(state: Tensor, places: Sequence[int], rows: Tensor) -> None:
-    """Pool rows into the layers they belong to, in place; a layer may have several.
-
-    Args:
-        state: ``(layers, 7)``.
-        places: layer of each row.
-        rows: ``(K, 7)``, same dtype and device.
-    """
-    rounds: list[dict[int, int]] = []  # in each round a layer has one row: layer -> row
-    for row, place in enumerate(places):
-        free = next((turn for turn in rounds if place not in turn), None)
-        if free is None:
-            free = {}
-            rounds.append(free)
-        free[place] = row
-    for turn in rounds:
-        layers, chosen = list(turn), list(turn.values())
-        state[layers] = pool(state[layers], rows[chosen])
-
-
-def summarize(row: Tensor | Sequence[float]) -> Summary:
-    """Read one pooled row, ``(7,)``, that lies on the host."""
-    count, mean, m2, low, high, zeros, known = row.tolist() if isinstance(row, Tensor) else row
+def summarize(row: Iterable[float]) -> Summary:
+    """Read one pooled row, ``(7,)``."""
+    count, mean, m2, low, high, zeros, known = row.tolist() if isinstance(row, np.ndarray) else row
     if count == 0:
         return Summary(0, math.nan, math.nan, math.nan, math.nan)
     std = math.nan if math.isnan(m2) else math.sqrt(max(m2 / count, 0.0))
@@ -192,3 +194,12 @@ def _scale(absmax: Tensor) -> Tensor:
     """The power of two at or below ``absmax``, by its exponent bits: dividing by it rounds nothing."""
     bits, exponent = EXPONENT[absmax.dtype]
     return absmax.view(bits).bitwise_and(exponent).view(absmax.dtype).clamp(min=TINY)
+
+
+def _sums(values: Rows, at: NDArray[np.intp], layers: int) -> Rows:
+    return np.bincount(at, values, layers).astype(np.float64, copy=False)
+
+
+def _product(counts: Rows, values: Rows) -> Rows:
+    """What rows without values say counts nothing, not even where it is undefined."""
+    return np.where(counts > 0, counts * values, 0.0)

@@ -7,10 +7,12 @@ are huge or tiny: such a row has no spread (NaN), and :func:`.moments.measure` i
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bn.stats.moments import wide_dtype
+from lightning_bn.stats.moments import Rows, zero_counts
+from lightning_bn.stats.slots import Slots
 
 PIECE = 1 << 17
 """Values in one piece of a large tensor on a CPU: 512 kB, so that all sums but the first find it in the cache."""
@@ -21,29 +23,31 @@ SMALLEST, LARGEST = 1e-15, 1e15
 """Largest absolute values between which float32 holds the squares."""
 
 
-def sketch(x: Tensor, *, zeros: bool = True) -> list[list[Tensor]]:
-    """The sums of one tensor, piece by piece; :func:`complete_sketches` makes rows of them.
+def sketch(x: Tensor, slots: Slots, *, zeros: bool = True) -> list[int]:
+    """Take the sums of one tensor, piece by piece; :func:`complete_sketches` makes rows of them.
 
     Args:
         x: float32 values, without a graph, of any shape and memory format.
-        zeros: whether to count values unequal to 0.
+        slots: each piece takes a row of them: sum, sum of squares, smallest value, largest value and number of values
+            unequal to 0. They lie on the device of ``x``.
+        zeros: whether to count values unequal to 0; if not, the last place keeps what it held.
 
     Returns:
-        For each piece its sum, sum of squares, smallest value, largest value and, if asked for, number of values
-        unequal to 0, all of them 0-dimensional and on the device of ``x``. Nothing is read on the host.
+        The number of values of each piece. Nothing is read on the host.
     """
     flat = flatten(x)
     size = flat.numel()
     if size == 0:
         return []
     if size <= PIECE or flat.device.type != "cpu":
-        return [_sums(flat, torch.sign(flat).abs_().sum() if zeros else None)]
-    scratch = torch.empty(PIECE)
-    rows = []
-    for piece in torch.split(flat, PIECE):
-        nonzero = torch.sign(piece, out=scratch[: piece.numel()]).abs_().sum() if zeros else None
-        rows.append(_sums(piece, nonzero))
-    return rows
+        _sums(flat, slots, torch.sign(flat) if zeros else None)
+        return [size]
+    scratch = torch.empty(PIECE) if zeros else None
+    pieces = torch.split(flat, PIECE)
+    for piece in pieces:
+        signs = None if scratch is None else torch.sign(piece, out=scratch[: len(piece)])
+        _sums(piece, slots, signs)
+    return [len(piece) for piece in pieces]
 
 
 def flatten(x: Tensor) -> Tensor:
@@ -55,28 +59,30 @@ def flatten(x: Tensor) -> Tensor:
     return x.permute(order).reshape(-1)
 
 
-def complete_sketches(sums: Tensor, counts: Tensor) -> Tensor:
+def complete_sketches(sums: Rows, counts: Rows) -> Rows:
     """Rows of many sketched pieces at once.
 
     Args:
-        sums: ``(K, 5)``, what :func:`sketch` gave for each piece.
+        sums: ``(K, 5)``, what :func:`sketch` wrote for each piece, on the host.
         counts: ``(K,)``, their numbers of values.
 
     Returns:
         ``(K, 7)``, a state as in :mod:`.moments` for each; ``m2`` is NaN where it would not be exact enough.
     """
-    total, squares, low, high, nonzero = sums.to(wide_dtype(sums.device)).unbind(-1)
-    counts = counts.to(total)
-    mean = total / counts
-    m2 = squares - total * mean
-    absmax = torch.maximum(high, -low)
-    sure = (m2 >= SURE * squares) & (absmax >= SMALLEST) & (absmax <= LARGEST)
-    m2 = torch.where(sure | (absmax == 0), m2, torch.nan)
-    zeros = torch.where(torch.isnan(absmax), absmax, (counts - nonzero).clamp(min=0))
-    return torch.stack([counts, mean, m2, low, high, zeros, counts], dim=-1)
+    total, squares, low, high, nonzero = sums.T
+    with np.errstate(all="ignore"):
+        mean = total / counts
+        m2 = squares - total * mean
+        absmax = np.maximum(high, -low)
+        sure = (m2 >= SURE * squares) & (absmax >= SMALLEST) & (absmax <= LARGEST)
+        m2 = np.where(sure | (absmax == 0), m2, np.nan)
+        return np.stack([counts, mean, m2, low, high, zero_counts(counts, nonzero, absmax), counts], 1)
 
 
-def _sums(flat: Tensor, nonzero: Tensor | None) -> list[Tensor]:
-    low, high = torch.aminmax(flat)
-    sums = [flat.sum(), torch.dot(flat, flat), low, high]
-    return sums if nonzero is None else [*sums, nonzero]
+def _sums(flat: Tensor, slots: Slots, signs: Tensor | None) -> None:
+    total, squares, low, high, nonzero = slots.row()
+    torch.sum(flat, 0, out=total)
+    torch.dot(flat, flat, out=squares)
+    torch.aminmax(flat, out=(low, high))
+    if signs is not None:  # 1, 0 or -1, so that the squares count
+        torch.dot(signs, signs, out=nonzero)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -288,23 +289,51 @@ def test_later_steps_are_measured_cheaply_and_agree(make_trainer):
         assert row.zero_share == pytest.approx(zeros)
 
 
-def test_one_transfer_brings_a_due_step_to_the_host(make_trainer):
-    """From the end of a due step's forward pass to the end of the step one tensor is read on the host, and no other."""
+def test_one_transfer_brings_a_due_step_to_the_host(make_trainer, monkeypatch):
+    """From the start of a due step to its end our code reads one tensor on the host, of all layers together."""
     reads = []
 
-    class Counting(ActivationMonitor):
-        def on_train_batch_end(self, *args):
-            plain = torch.Tensor.tolist
-            torch.Tensor.tolist = lambda x: reads.append(x.numel()) or plain(x)
-            try:
-                with NoHostRead():
-                    super().on_train_batch_end(*args)
-            finally:
-                torch.Tensor.tolist = plain
+    def counted(name, plain, x, *args):
+        reads.append((name, x.numel()))
+        return plain(x, *args)
 
-    monitor = run(make_trainer, Steep(), monitor=Counting(every_n_steps=1, max_overhead=None), data=loader())
+    for name in ("numpy", "tolist", "item"):
+        monkeypatch.setattr(torch.Tensor, name, partialmethod(partial(counted, name, getattr(torch.Tensor, name))))
+
+    class Counting(ActivationMonitor):
+        def on_train_batch_start(self, *args):
+            reads.clear()
+            with NoHostRead():
+                super().on_train_batch_start(*args)
+
+        def on_train_batch_end(self, *args):
+            with NoHostRead():
+                super().on_train_batch_end(*args)
+            each.append(list(reads))
+
+    each, monitor = [], Counting(every_n_steps=1, max_overhead=None)
+    run(make_trainer, Steep(), monitor=monitor, data=loader(), logger=False)
     assert not monitor.off
-    assert len(reads) == 4
+    assert [[name for name, _ in step] for step in each] == [["numpy"]] * 4
+    assert min(count for step in each for _, count in step) > 40
+
+
+def test_zeros_of_a_large_relu_are_counted_exactly(make_trainer):
+    """An output of several hundred thousand values, which is summed in pieces, has the zero share that it has."""
+
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.grow, self.act, self.head = nn.Linear(FEATURES, 30_000), nn.ReLU(), nn.Linear(30_000, 4)
+
+        def forward(self, x):
+            return self.head(self.act(self.grow(x)))
+
+    model, kept = Healthy(Large(), lr=1e-4), []
+    model.net.act.register_forward_hook(lambda module, args, out: kept.append((out == 0).double().mean().item()))
+    monitor = ActivationMonitor(every_n_steps=1, max_overhead=None)
+    make_trainer(monitor, num_sanity_val_steps=0).fit(model, loader())
+    assert monitor.statistics["net.act"].zero_share == kept[-1] > 0.4
 
 
 def test_dead_units_are_found_and_the_healthy_twin_is_silent(make_trainer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -13,11 +14,11 @@ from lightning_bn.stats.batchnorm import (
     TINY,
     Affine,
     Batch,
-    Scale,
     batch_statistics,
     batch_statistics_from_running,
     drift,
     output_moments,
+    saved_statistics,
     scale_of,
 )
 
@@ -124,6 +125,14 @@ def trained(norm, x):
     return norm(x)
 
 
+def moments_of_output(norm, y):
+    """What γ, β and the batch say of the output."""
+    mean, inverse = (x.detach().double().numpy() for x in saved_statistics(y))
+    ones, zeros = np.ones(norm.num_features), np.zeros(norm.num_features)
+    gamma, beta = (ones, zeros) if norm.weight is None else (x.detach().numpy() for x in (norm.weight, norm.bias))
+    return output_moments(mean, inverse, gamma, beta, norm.eps)
+
+
 SHAPES = [
     pytest.param(torch.nn.BatchNorm1d, (16, 5), id="1d"),
     pytest.param(torch.nn.BatchNorm1d, (16, 5, 3), id="1d, sequence"),
@@ -151,31 +160,24 @@ def test_moments_of_the_output_follow_from_gamma_beta_and_the_batch(make, shape)
     torch.manual_seed(0)
     x, norm = torch.randn(shape) * 3, make(5)
     y = trained(norm, x)
-    batch = batch_statistics(y, norm.eps)
-    mean, var = output_moments([batch], [Scale(norm.weight, norm.bias, norm.eps)])[0].tolist()
+    mean, var = moments_of_output(norm, y)
     assert mean == pytest.approx(y.double().mean().item(), abs=1e-5)
     assert var == pytest.approx(y.double().var(correction=0).item(), rel=1e-5)
 
 
-def test_layers_of_different_widths_and_epsilons_are_computed_side_by_side():
-    """Each layer's moments are those that it has alone."""
-    torch.manual_seed(0)
-    norms = [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(7, eps=0.1), torch.nn.BatchNorm1d(2, affine=False)]
-    outputs = [norm(torch.randn(9, norm.num_features, requires_grad=True)) for norm in norms]
-    batches = [batch_statistics(y, norm.eps) for y, norm in zip(outputs, norms, strict=True)]
-    found = output_moments(batches, [Scale(norm.weight, norm.bias, norm.eps) for norm in norms])
-    for row, y in zip(found.tolist(), outputs, strict=True):
-        assert row == pytest.approx([y.double().mean().item(), y.double().var(correction=0).item()], rel=1e-4, abs=1e-6)
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm1d(7, eps=0.1), torch.nn.BatchNorm1d(2, affine=False)])
+def test_epsilon_counts_and_a_layer_without_gamma_has_ones(norm):
+    """The moments are those of the values, whatever ε is, and without γ and β."""
+    y = norm(torch.randn(9, norm.num_features, requires_grad=True))
+    expected = [y.double().mean().item(), y.double().var(correction=0).item()]
+    assert moments_of_output(norm, y) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_a_variance_beyond_float32_leaves_a_constant():
     """Values whose variance overflows are put out as β, and NaN in the batch makes the moments NaN."""
     norm = torch.nn.BatchNorm1d(1)
-    scale = Scale(norm.weight, norm.bias, norm.eps)
-    batch = batch_statistics(norm(torch.tensor([[1e25], [-1e25]])), norm.eps)
-    assert output_moments([batch], [scale])[0].tolist() == [0.0, 0.0]
-    batch = batch_statistics(norm(torch.tensor([[float("nan")], [1.0]])), norm.eps)
-    assert output_moments([batch], [scale])[0].isnan().all()
+    assert moments_of_output(norm, norm(torch.tensor([[1e25], [-1e25]]))) == (0.0, 0.0)
+    assert np.isnan(moments_of_output(norm, norm(torch.tensor([[float("nan")], [1.0]])))).all()
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from specimens import NoHostRead
 
-from lightning_bn.stats.moments import blank, moments, pool, summarize
+from lightning_bn.stats.moments import moments, pool, summarize
 from lightning_bn.stats.sketch import PIECE, complete_sketches, flatten, sketch
+from lightning_bn.stats.slots import COLUMNS, GROWTH, Slots
 
 
 def normal(*shape, seed=0):
@@ -18,13 +20,10 @@ def normal(*shape, seed=0):
 
 
 def summary(x):
-    pieces = sketch(x)
-    sizes = [PIECE] * (len(pieces) - 1) + [x.numel() - PIECE * (len(pieces) - 1)]
-    rows = complete_sketches(torch.stack([torch.stack(piece) for piece in pieces]), torch.tensor(sizes))
-    row = blank(1, x.device)[0]
-    for piece in rows:
-        row = pool(row, piece)
-    return summarize(row)
+    slots = Slots(x.device)
+    sizes = sketch(x, slots)
+    sums = torch.cat(slots.taken()).double().view(-1, COLUMNS).numpy()
+    return summarize(pool(complete_sketches(sums, np.array(sizes, dtype=float)), [0] * len(sizes), 1)[0])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +81,8 @@ def test_a_non_finite_value_is_seen(bad):
 
 def test_an_empty_tensor_has_no_pieces():
     """Without values there is nothing to sum."""
-    assert sketch(torch.empty(0, 3)) == []
+    slots = Slots(torch.device("cpu"))
+    assert sketch(torch.empty(0, 3), slots) == slots.taken() == []
 
 
 def test_nothing_is_copied_where_memory_has_no_gaps():
@@ -94,8 +94,35 @@ def test_nothing_is_copied_where_memory_has_no_gaps():
 
 def test_nothing_is_read_on_the_host():
     """Sketching queues work on the device and waits for nothing."""
-    x = normal(2 * PIECE)
+    x, slots = normal(2 * PIECE), Slots(torch.device("cpu"))
     with NoHostRead():
-        pieces = sketch(x)
-        rows = complete_sketches(torch.stack([torch.stack(piece) for piece in pieces]), torch.tensor([PIECE, PIECE]))
-    assert rows.shape == (2, 7)
+        sizes = sketch(x, slots)
+    assert sizes == [PIECE, PIECE]
+
+
+def test_slots_give_back_what_was_written_in_order():
+    """Rows of several buffers come one after the other, and only those that were taken."""
+    slots = Slots(torch.device("cpu"))
+    for number in range(GROWTH + 3):
+        for place in slots.row():
+            place.fill_(number)
+    found = torch.cat(slots.taken()).view(-1, COLUMNS)
+    assert len(slots) == len(found) == GROWTH + 3
+    assert found[:, -1].tolist() == list(range(GROWTH + 3))
+
+
+def test_slots_are_used_again():
+    """After a clear the same memory is given out, so that nothing grows from step to step."""
+    slots = Slots(torch.device("cpu"))
+    first = [slots.row()[0].data_ptr() for _ in range(3)]
+    slots.clear()
+    assert slots.taken() == []
+    assert [slots.row()[0].data_ptr() for _ in range(3)] == first
+
+
+def test_slots_that_were_made_in_inference_mode_can_be_written_outside_of_it():
+    """A first look within inference mode does not bind later ones to it."""
+    slots = Slots(torch.device("cpu"))
+    with torch.inference_mode():
+        sketch(normal(5), slots)
+    assert sketch(normal(5), slots) == [5]
