@@ -63,7 +63,7 @@ def signal_propagation(
     _name_layers(axes, layers)
     axes.set_xlabel("layer, in the order in which they ran", fontsize=12)
     axes.set_ylabel("output, logarithmic", fontsize=12)
-    figure.suptitle(_plain(title), fontsize=13)
+    figure.suptitle(plain_text(title), fontsize=13)
     axes.grid(visible=True, axis="y", alpha=0.3)
     _legend(figure, axes)
     return figure
@@ -93,7 +93,7 @@ def _scale(axes: Any, values: Sequence[float], dtype_max: float) -> None:
 
 def _mark(axes: Any, found: Mapping[int, str], height: float, *, marker: str, label: str) -> None:
     if found:
-        first = _plain(_short(next(iter(found.values()))))
+        first = plain_text(short_name(next(iter(found.values()))))
         named = f"{label}: {first}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
         heights = [height] * len(found)
         axes.plot(
@@ -113,11 +113,11 @@ def _name_layers(axes: Any, layers: Sequence[str]) -> None:
     every = math.ceil(len(layers) / MOST_NAMES) if layers else 1
     places = list(range(0, len(layers), every))
     size = 9 if len(places) <= MOST_NAMES // 2 else 7
-    axes.set_xticks(places, [_plain(_short(layers[k])) for k in places], rotation=90, fontsize=size)
+    axes.set_xticks(places, [plain_text(short_name(layers[k])) for k in places], rotation=90, fontsize=size)
     axes.set_xlim(-0.7, max(len(layers), 1) - 0.3)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A name that fits under an axis: of a long one the longest words are cut, and the numbers stay."""
     words = (name or "(the model)").split(".")
     while len(".".join(words)) > LONGEST_NAME and max(map(len, words)) > SHORTEST_WORD:
@@ -127,6 +127,6 @@ def _short(name: str) -> str:
     return short if len(short) <= LONGEST_NAME else f"…{short[1 - LONGEST_NAME :]}"
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Text that matplotlib does not take for a formula."""
     return text.replace("$", r"\$")

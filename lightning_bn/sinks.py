@@ -119,6 +119,18 @@ class Loggers:
                 logger.experiment.add_text(tag, markdown, step)
                 logger.experiment.flush()
 
+    def histogram(self, tag: str, raw: Mapping[str, Any], step: int) -> None:
+        """Write a histogram that was binned already to TensorBoard; other loggers are left alone.
+
+        Args:
+            tag: its name.
+            raw: what ``SummaryWriter.add_histogram_raw`` takes besides.
+            step: its step.
+        """
+        for logger in self._loggers:
+            if _writes_to_tensorboard(logger):
+                logger.experiment.add_histogram_raw(tag, global_step=step, **raw)
+
     @property
     def have_tensorboard(self) -> bool:
         """Whether any of them shows text and pictures."""

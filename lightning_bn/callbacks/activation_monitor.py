@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_bn.callbacks.album import Album, Page
 from lightning_bn.callbacks.arguments import check_flag, check_interval, check_share, check_strings
 from lightning_bn.callbacks.base import (
     Monitor,
@@ -19,11 +20,9 @@ from lightning_bn.callbacks.base import (
 from lightning_bn.callbacks.budget import Budget
 from lightning_bn.callbacks.layer_watch import OFF, REST, SPENT, LayerWatch
 from lightning_bn.callbacks.updates import Updates
-from lightning_bn.callbacks.verdicts import overview
-from lightning_bn.overview import activation_table
+from lightning_bn.callbacks.verdicts import of_choice
 from lightning_bn.rules.interval_widened import interval_widened
 from lightning_bn.rules.not_watched import not_watched
-from lightning_bn.rules.unmatched_layers import unmatched_layers
 from lightning_bn.sinks import Loggers
 from lightning_bn.taps import choose
 
@@ -48,11 +47,10 @@ class ActivationMonitor(Monitor):
     hard variants are counted over windows of at least 512 samples.
 
     The loggers get an overview (``bn_overview/...``: median, largest and smallest over the layers) at the pace of the
-    trainer's ``log_every_n_steps``, TensorBoard's Text tab the last measured step layer by layer
-    (``bn_activations``); ``statistics`` holds the same for your own use, ``units`` the last window of each activation
-    layer. Besides the due steps only the first step of
-    a fit is measured, which later ones are judged against. On all others nothing is done at all; validation is not
-    measured.
+    trainer's ``log_every_n_steps``, TensorBoard's Text tab the last measured step layer by layer (``bn_activations``);
+    ``statistics`` holds the same for your own use, ``units`` the last window of each activation layer. Besides the due
+    steps only the first step of a fit is measured, which later ones are judged against. On all others nothing is done
+    at all; validation is not measured.
 
     Args:
         layers: shell patterns on module names, such as ``encoder.*``, one or a list; a star also crosses dots. A
@@ -65,6 +63,9 @@ class ActivationMonitor(Monitor):
         parameters: whether to measure weights, gradients and updates too: their norms, parameter by parameter, kept in
             ``weights``, and the rules about vanishing, exploding and missing gradients and about updates that are tiny
             or huge. The weights are copied on due steps. Sharded and sparse parameters are left out.
+        pictures: whether TensorBoard gets, when the fit ends, maps of layer by step (``bn_heatmap/std``,
+            ``bn_heatmap/dead_share``), and at the pace of the overview histograms of the first eight layers that a
+            warning or an error named (``bn_flagged/...``, of the first process).
         max_overhead: largest share of the training time that measuring may take, above 0 and at most 1; where it takes
             more, the interval is widened and a finding says so. None for no limit.
         ignore: slugs of findings that are not to be reported, out of unmatched-layers, not-watched, dead-units,
@@ -86,6 +87,7 @@ class ActivationMonitor(Monitor):
         *,
         every_n_steps: int | None = None,
         parameters: bool = False,
+        pictures: bool = True,
         max_overhead: float | None = 0.02,
         ignore: list[str] | None = None,
     ) -> None:
@@ -93,6 +95,7 @@ class ActivationMonitor(Monitor):
         self.layers = check_strings("layers", layers)
         self.every_n_steps = check_interval("every_n_steps", every_n_steps, default="the trainer's log_every_n_steps")
         self.parameters = check_flag("parameters", parameters)
+        self.pictures = check_flag("pictures", pictures)
         self.max_overhead = check_share("max_overhead", max_overhead, default="no limit")
         self._restored: dict[str, Any] = {}
         self._forget()
@@ -104,10 +107,10 @@ class ActivationMonitor(Monitor):
         self._updates: Updates | None = None
         self._watch: LayerWatch | None = None
         self._budget = Budget(self.max_overhead)
-        self._switched_off = False
+        self._switched_off = self._is_due_now = self._was_due = False
         self._started = False  # the first step of the run is over
-        self._is_due_now = self._was_due = False
-        self._measured_at = self._logged_at = -1
+        self._album = Album(pictures=self.pictures)
+        self._page: Page | None = None  # the last measured step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin new windows; those of a restored checkpoint replace them; called by Lightning."""
@@ -120,22 +123,16 @@ class ActivationMonitor(Monitor):
         # Not in setup: layers may not exist yet, and SyncBatchNorm conversion would replace them.
         self._forget()
         choice = choose(pl_module, self.layers)
-        for glob, nearest in choice.unmatched.items():
-            self.emit(unmatched_layers(glob, nearest))
-        layers = choice.layers
-        if is_compiled(pl_module):
-            how = "compile a submodule instead, or fit once without torch.compile"
-            self.emit(not_watched("the LightningModule", "it is compiled (torch.compile)", how))
-            layers = {}
-        else:
-            for name, why in choice.unseen.items():
-                self.emit(not_watched(name or "the model", why, layer=name))
+        layers = {} if is_compiled(pl_module) else choice.layers
+        for finding in of_choice(choice, compiled=is_compiled(pl_module)):
+            self.emit(finding)
         if self.every_n_steps is None and log_interval(trainer) < 1:
             self.emit(not_watched("any step", "log_every_n_steps is 0", "give ActivationMonitor every_n_steps"))
         self._watch = LayerWatch(pl_module, layers, pl_module.device) if layers else None
         self._updates = Updates(pl_module) if self.parameters and layers else None
         if self._watch and self._restored:
-            self._watch.windows.load_state_dict(self._restored)
+            self._watch.windows.load_state_dict(self._restored["windows"])
+            self._album.load_state_dict(self._restored["pictures"])
             self._started = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,27 +201,30 @@ class ActivationMonitor(Monitor):
             taken = step_of(trainer)
             how = "set every_n_steps, or log_every_n_steps of the trainer, to a smaller number"
             self.emit(not_watched("any later step", f"{taken} steps were taken, and every {every}th is measured", how))
-        if self.statistics and trainer.is_global_zero:
-            if self._was_due and self._logged_at < self._measured_at:
-                Loggers(trainer.loggers).numbers(overview(self.statistics, self.units, self.weights), self._measured_at)
-            Loggers(trainer.loggers).text("bn_activations", activation_table(self.statistics), self._measured_at)
+        self._finish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Draw what was measured up to here, and let go of the model; called by Lightning."""
+        self._finish(trainer)
+        super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """What was reported, and the windows of the units; called by Lightning."""
-        windows = self._watch.windows.state_dict() if self._watch is not None and self._started else self._restored
-        return {**super().state_dict(), "windows": windows}
+        if self._watch is None or not self._started:
+            return {**super().state_dict(), **self._restored}
+        own = {"windows": self._watch.windows.state_dict(), "pictures": self._album.state_dict()}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; called by Lightning."""
         super().load_state_dict(state_dict)
-        self._restored = dict(state_dict.get("windows") or {})
+        self._restored = {name: state_dict[name] for name in ("windows", "pictures") if name in state_dict}
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the model's layers."""
         return {**super().__getstate__(), "_watch": None, "_updates": None, "_budget": Budget(self.max_overhead)}
 
     def _interval(self, trainer: Trainer) -> int:
-        """Steps from one due step to the next; 0 for never."""
         return (self.every_n_steps or log_interval(trainer)) * self._budget.factor
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -236,7 +236,8 @@ class ActivationMonitor(Monitor):
     def _listen(self, pl_module: LightningModule) -> None:
         self.live.hooks.close()
         if self._watch is not None:
-            self.live.hooks.enter_context(self._watch.listen(pl_module, self._hear))
+            binned = self._album.binned(step_of(self.live.trainer), log_interval(self.live.trainer))
+            self.live.hooks.enter_context(self._watch.listen(pl_module, self._hear, binned))
 
     @shielded
     def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -249,9 +250,8 @@ class ActivationMonitor(Monitor):
 
     @shielded
     def _fetch(self) -> Heard | None:
-        if self._watch is None:
-            return None
-        return self._watch.fetch(self._updates.after() if self._updates is not None else ())
+        more = self._updates.after() if self._updates is not None else ()
+        return self._watch.fetch(more) if self._watch is not None else None
 
     @shielded
     def _take(self, heard: Heard, ranks: Rows) -> tuple[float, ...] | None:
@@ -263,29 +263,33 @@ class ActivationMonitor(Monitor):
             return taken.signals
         self.statistics = taken.statistics
         self.units |= taken.closed
-        for finding in taken.findings:
-            self.emit(finding)
+        found = taken.findings
         if self._updates is not None:
             whole = self.layers is None  # else a module that was not heard may have run
             called = {name for name, graded in heard.order.items() if graded} if whole else None
-            for finding in self._updates.read(heard.more, called, heard.order.keys() if whole else None):
-                self.emit(finding)
+            found += self._updates.read(heard.more, called, heard.order.keys() if whole else None)
             self.weights = self._updates.latest
+        for finding in found:
+            self.emit(finding)
+        self._album.flag(found, self._watch.layers)
+        step, order = step_of(self.live.trainer), tuple(heard.order)
+        self._page = Page(step, order, self.statistics, dict(self.units), self.weights, heard.bins)
         return taken.signals
 
     @shielded
     def _publish(self, trainer: Trainer) -> None:
-        self._measured_at = step_of(trainer)
         if self._watch is not None and not self._watch.heard:
             how = "call modules, not their forward methods"
             self.emit(not_watched(", ".join(self._watch.layers), "no forward pass was heard in a whole step", how))
         due = is_due(trainer, self._interval(trainer))
         self._was_due = self._was_due or due
-        pace = log_interval(trainer)
-        turn = pace and (self._measured_at + 1) // pace > (self._logged_at + 1) // pace
-        if due and turn and self.statistics and trainer.is_global_zero:
-            self._logged_at = self._measured_at
-            Loggers(trainer.loggers).numbers(overview(self.statistics, self.units, self.weights), self._measured_at)
+        if due and self._page and self.statistics and trainer.is_global_zero:
+            self._album.log(Loggers(trainer.loggers), self._page, log_interval(trainer))
+
+    @shielded
+    def _finish(self, trainer: Trainer) -> None:
+        if self._page and self.statistics and trainer.is_global_zero:
+            self._album.finish(Loggers(trainer.loggers), self._page, log=self._was_due)
 
     @shielded
     def _judge_cost(self, trainer: Trainer, signals: tuple[float, ...] | None) -> None:

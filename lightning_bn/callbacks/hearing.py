@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.callbacks.wiring import WEIGHTED, Wiring
 from lightning_bn.stats.batchnorm import output_moments, saved_statistics
 from lightning_bn.stats.finite import is_measurable
-from lightning_bn.stats.moments import COUNT, M2, MEAN, MEASURED, Rows, blank, complete, measure, pool
+from lightning_bn.stats.histogram import bin_counts
+from lightning_bn.stats.moments import COUNT, M2, MEAN, MEASURED, Rows, blank, complete, measure, pool, wide_dtype
 from lightning_bn.stats.sketch import complete_sketches, sketch
 from lightning_bn.stats.slots import COLUMNS, Slots
 from lightning_bn.stats.units import Kind, active_counts
@@ -54,6 +55,7 @@ class Heard:
         variances: by layer the median over channels of the batch variance in front of a BatchNorm layer.
         varied: of layers with weights, where the wiring is followed: spread from sample to sample.
         order: layers in the order in which they first ran, and whether gradients of their outputs were recorded.
+        bins: by layer the histogram of its values, see :func:`~lightning_bn.stats.histogram.bin_counts`.
         more: the further numbers that were asked for.
     """
 
@@ -62,6 +64,7 @@ class Heard:
     variances: dict[str, float]
     varied: dict[str, float]
     order: dict[str, bool]
+    bins: dict[str, list[int]]
     more: list[float]
 
 
@@ -101,6 +104,8 @@ class Ear:
         """Layers whose spread plain sums would lose, or of which nothing is known yet: measured in two passes."""
         self.wiring: Wiring | None = Wiring()
         """Follows the tensors from module to module in the first step of a run."""
+        self.binned: Collection[str] = ()
+        """Layers of which a histogram is wanted too."""
         self.begin()
 
     def begin(self) -> None:
@@ -110,6 +115,7 @@ class Ear:
         self._exact: list[tuple[int, int, Tensor]] = []
         self._norms: list[Norm] = []
         self._active: list[Active] = []
+        self._bins: dict[str, Tensor] = {}
         self._varied: dict[str, Tensor] = {}
         self._order: dict[str, bool] = {}
 
@@ -143,6 +149,7 @@ class Ear:
         exact = host.take(len(self._exact) * MEASURED).reshape(-1, MEASURED)
         free, variances = self._read_norms(host)
         units = self._read_units(host, sums)
+        bins = {name: [int(count) for count in host.take(len(counts))] for name, counts in self._bins.items()}
         varied = dict(zip(self._varied, host.take(len(self._varied)).tolist(), strict=True))
         rows = [complete_sketches(sums, np.array([float(size) for _, size in self._pieces])), free]
         if self._exact:
@@ -150,15 +157,21 @@ class Ear:
         places = [*(place for place, _ in self._pieces), *(place for place, *_ in self._exact)]
         places += [self._places[norm.name] for norm in self._norms]
         pooled = pool(np.concatenate(rows), places, len(self._places))
-        told = Heard(pooled, units, variances, varied, self._order, host.rest())
+        told = Heard(pooled, units, variances, varied, self._order, bins, host.rest())
         self.begin()
         return told
 
     def _measure(self, name: str, module: nn.Module, x: Tensor) -> None:
-        if isinstance(module, _BatchNorm) and self._ask(name, module, x):
+        asked = isinstance(module, _BatchNorm) and self._ask(name, module, x)
+        if asked and name not in self.binned:
             return
         x = x.detach()
         x = x.to_local() if hasattr(x, "to_local") else x  # a DTensor: this rank's shard
+        if name in self.binned:
+            counts = bin_counts(x).to(wide_dtype(x.device))
+            self._bins[name] = counts + self._bins[name] if name in self._bins else counts
+            if asked:
+                return
         place, size = self._places[name], x.numel()
         if self.wiring is not None and isinstance(module, WEIGHTED) and x.dim() > 1 and size:
             self._varied[name] = _over_samples(x, -1 if isinstance(module, nn.Linear) else 1)
@@ -195,6 +208,7 @@ class Ear:
         parts = [*self._slots.taken(), *(values for *_, values in self._exact)]
         parts += [norm.vector for norm in self._norms]
         parts += [heard.active for heard in self._active]
+        parts += self._bins.values()
         for single in (list(self._varied.values()), list(more)):
             if single:
                 parts.append(torch.stack(self._here(single)))

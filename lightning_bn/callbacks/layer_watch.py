@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -69,13 +69,15 @@ class LayerWatch:
         self.hear = self._ear.hear
         self.forget = self._ear.begin
 
-    def listen(self, model: nn.Module, hear: Hear) -> AbstractContextManager[None]:
+    def listen(self, model: nn.Module, hear: Hear, binned: Collection[str] = ()) -> AbstractContextManager[None]:
         """Have the layers heard while the block lasts; further blocks of the same due step add to the first.
 
         Args:
             model: the whole network.
             hear: is called for each output, and is to call :attr:`hear`.
+            binned: layers of which histograms are wanted too.
         """
+        self._ear.binned = binned
         # Modules may have gone into eval mode meanwhile.
         within = reachable(model)[0] if self._fickle else self.layers
         return listen({name: module for name, module in self.layers.items() if name in within}, hear)

@@ -15,12 +15,32 @@ from lightning_bn.overview import activation_overview, unit_overview, update_ove
 from lightning_bn.rules.dead_units import dead_units
 from lightning_bn.rules.dropout_before_batchnorm import dropout_before_batchnorm
 from lightning_bn.rules.exploding_signal import exploding_signal
+from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.rules.saturated_units import saturated_units
+from lightning_bn.rules.unmatched_layers import unmatched_layers
 from lightning_bn.rules.vanishing_gradient import Weight
 from lightning_bn.rules.vanishing_signal import vanishing_signal
 from lightning_bn.rules.variance_below_epsilon import variance_below_epsilon
 from lightning_bn.stats.moments import Summary
 from lightning_bn.stats.units import Kind
+from lightning_bn.taps import Choice
+
+
+def of_choice(choice: Choice, *, compiled: bool) -> Iterator[Finding]:
+    """Say which of the chosen layers there are not, and which cannot be seen.
+
+    Args:
+        choice: what was chosen.
+        compiled: whether the whole LightningModule went through ``torch.compile``, so that none can be seen.
+    """
+    for glob, nearest in choice.unmatched.items():
+        yield unmatched_layers(glob, nearest)
+    if compiled:
+        how = "compile a submodule instead, or fit once without torch.compile"
+        yield not_watched("the LightningModule", "it is compiled (torch.compile)", how)
+        return
+    for name, why in choice.unseen.items():
+        yield not_watched(name or "the model", why, layer=name)
 
 
 def of_units(
