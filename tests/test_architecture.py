@@ -27,6 +27,7 @@ LAYERS = {
     "filling": 0,
     "init_report": 0,
     "figures": 0,
+    "heatmaps": 0,
     "outlook": 0,
     "quarantine": 0,
     "residual": 0,
