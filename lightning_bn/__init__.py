@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.batchnorm_monitor import BatchNormMonitor
     from lightning_bn.callbacks.diagnosis import diagnose
     from lightning_bn.callbacks.nan_guard import NaNGuard
+    from lightning_bn.callbacks.precise_batchnorm import PreciseBatchNorm
+    from lightning_bn.callbacks.preflight_audit import PreflightAudit
     from lightning_bn.callbacks.weight_init import WeightInit
     from lightning_bn.findings import Finding, NonFiniteError, Severity
     from lightning_bn.initialization import initialize
     from lightning_bn.locate import locate_nonfinite
     from lightning_bn.norms import find_batchnorm
+    from lightning_bn.precise import precise_statistics
     from lightning_bn.sinks import read_findings
+    from lightning_bn.swap import swap_batchnorm
 
 __version__ = "0.1.0"
 
@@ -29,13 +33,17 @@ __all__ = [
     "Finding",
     "NaNGuard",
     "NonFiniteError",
+    "PreciseBatchNorm",
+    "PreflightAudit",
     "Severity",
     "WeightInit",
     "diagnose",
     "find_batchnorm",
     "initialize",
     "locate_nonfinite",
+    "precise_statistics",
     "read_findings",
+    "swap_batchnorm",
 ]
 
 _HOMES = {
@@ -44,13 +52,17 @@ _HOMES = {
     "Finding": "findings",
     "NaNGuard": "callbacks.nan_guard",
     "NonFiniteError": "findings",
+    "PreciseBatchNorm": "callbacks.precise_batchnorm",
+    "PreflightAudit": "callbacks.preflight_audit",
     "Severity": "findings",
     "WeightInit": "callbacks.weight_init",
     "diagnose": "callbacks.diagnosis",
     "find_batchnorm": "norms",
     "initialize": "initialization",
     "locate_nonfinite": "locate",
+    "precise_statistics": "precise",
     "read_findings": "sinks",
+    "swap_batchnorm": "swap",
 }
 
 

@@ -229,7 +229,10 @@ def test_a_glob_that_matches_nothing_warns_through_the_command_line(tmp_path):
     assert "the nearest names are: body" in done.stderr
 
 
-@pytest.mark.parametrize("callback", ["WeightInit", "NaNGuard", "ActivationMonitor", "BatchNormMonitor"])
+@pytest.mark.parametrize(
+    "callback",
+    ["WeightInit", "NaNGuard", "ActivationMonitor", "BatchNormMonitor", "PreciseBatchNorm", "PreflightAudit"],
+)
 def test_help_tells_a_stranger_what_every_argument_does(tmp_path, callback):
     """``--trainer.callbacks.help`` prints the purpose and, for each argument, meaning, choices and default."""
     done = run(tmp_path, "-m", "lightning_bn", "fit", "--trainer.callbacks.help", f"lightning_bn.{callback}")
@@ -245,6 +248,8 @@ def test_help_tells_a_stranger_what_every_argument_does(tmp_path, callback):
         ],
         "ActivationMonitor": ["share of zeros", "shell patterns on module names"],
         "BatchNormMonitor": ["γ and β", "smaller is better"],
+        "PreciseBatchNorm": ["{validation,end}", "most memory for the kept batches"],
+        "PreflightAudit": ["before the first step", "model, loader and optimizer"],
     }
     text = " ".join(done.stdout.split())
     assert all(" ".join(words.split()) in text for words in expected[callback])

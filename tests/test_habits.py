@@ -15,7 +15,7 @@ from lightning_bn.callbacks.base import Monitor
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(lightning_bn.__file__).parent
-CALLBACKS = ["ActivationMonitor", "BatchNormMonitor", "NaNGuard", "WeightInit"]
+CALLBACKS = ["ActivationMonitor", "BatchNormMonitor", "NaNGuard", "PreciseBatchNorm", "PreflightAudit", "WeightInit"]
 
 
 def functions(path):
@@ -89,8 +89,10 @@ def test_every_hook_is_shielded_or_says_why_not(name):
             "on_test_end",
             "on_exception",
         },
-        "ActivationMonitor": {"setup", "on_train_start", "on_train_batch_start", "on_train_batch_end"},
-        "BatchNormMonitor": {"setup", "on_train_end", "on_exception"},
+        "ActivationMonitor": {"setup", "on_train_start", "on_train_batch_start", "on_train_batch_end", "on_exception"},
+        "BatchNormMonitor": {"setup", "on_train_start", "on_validation_end", "on_train_end", "on_exception"},
+        "PreflightAudit": {"setup", "on_train_batch_start"},
+        "PreciseBatchNorm": {"on_train_start", "on_validation_epoch_start", "on_train_end", "on_exception"},
     }
     callback = getattr(lightning_bn, name)
     own = [base for base in callback.__mro__ if issubclass(base, Monitor) and base is not Monitor]

@@ -8,14 +8,22 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_bn.overview import activation_overview, activation_table, drift_overview, first_pass_table, spread
+from lightning_bn.overview import (
+    activation_overview,
+    activation_table,
+    drift_overview,
+    first_pass_table,
+    gradient_overview,
+    rank_overview,
+    spread,
+)
 from lightning_bn.stats.moments import Summary
 
 NAN, INF = math.nan, math.inf
 LAYERS = {
-    "a": Summary(10, 1.0, 0.1, 10.0, 0.5),
-    "b": Summary(20, -2.0, 1.0, 100.0, 0.25),
-    "c": Summary(30, 4.0, 100.0, 1000.0, 0.0),
+    "a": Summary(10, 1.0, 0.1, 10.0, 0.5, nonfinite=0),
+    "b": Summary(20, -2.0, 1.0, 100.0, 0.25, nonfinite=0),
+    "c": Summary(30, 4.0, 100.0, 1000.0, 0.0, nonfinite=0),
 }
 
 
@@ -106,20 +114,70 @@ def test_the_logarithm_of_zero_is_a_number(value, logged):
 @pytest.mark.parametrize(
     ("name", "row", "line"),
     [
-        pytest.param("net.0", LAYERS["b"], "| `net.0` | 20 | -2 | 1 | 100 | 25.0% |", id="layer"),
-        pytest.param("", LAYERS["a"], "| `(the model)` | 10 | 1 | 0.1 | 10 | 50.0% |", id="the model"),
-        pytest.param("x", Summary(3, NAN, NAN, NAN, NAN), "| `x` | 3 | nan | nan | nan | undefined |", id="NaN"),
-        pytest.param("x", Summary(3, NAN, NAN, INF, 0.0), "| `x` | 3 | nan | nan | inf | 0.0% |", id="infinity"),
+        pytest.param("net.0", LAYERS["b"], "| `net.0` | 20 | -2 | 1 | 100 | 25.0% | 0 |", id="layer"),
+        pytest.param("", LAYERS["a"], "| `(the model)` | 10 | 1 | 0.1 | 10 | 50.0% | 0 |", id="the model"),
+        pytest.param(
+            "x",
+            Summary(3, NAN, NAN, NAN, NAN, nonfinite=2),
+            "| `x` | 3 | nan | nan | nan | undefined | 2 |",
+            id="NaN",
+        ),
+        pytest.param(
+            "x",
+            Summary(3, NAN, NAN, INF, 0.0),
+            "| `x` | 3 | nan | nan | inf | 0.0% | not counted |",
+            id="infinity, not counted",
+        ),
+        pytest.param(
+            "x", Summary(3, 1.0, 2.0, NAN, NAN, ranged=False, nonfinite=0), "| `x` | 3 | 1 | 2 |  |  | 0 |", id="asked"
+        ),
     ],
 )
 def test_the_table_has_one_row_for_each_layer(name, row, line):
-    """Count, mean, spread, range and zero share stand in one markdown row below the head."""
+    """Count, mean, spread, range, zero share and non-finite values stand in one markdown row below the head."""
     assert activation_table({name: row}).split("\n")[2:] == [line]
 
 
 def test_all_rows_of_the_table_have_the_same_cells():
     """Head, rule and rows of the markdown table agree in the number of cells."""
-    assert {line.count("|") for line in activation_table(LAYERS).split("\n")} == {7}
+    assert {line.count("|") for line in activation_table(LAYERS).split("\n")} == {8}
+
+
+def test_what_was_asked_for_has_columns_of_its_own():
+    """Effective rank and gradients stand behind the rest, and their cells are empty where a layer has none."""
+    slopes = {"b": Summary(20, 0.0, 0.01, 1.0, 0.0, nonfinite=0), "c": Summary(30, NAN, NAN, NAN, NAN, nonfinite=7)}
+    table = activation_table(LAYERS, {"a": 3.14159, "b": NAN}, slopes).split("\n")
+    assert {line.count("|") for line in table} == {11}
+    assert [line.split("|")[8:-1] for line in table] == [
+        [" effective rank ", " gradient std ", " gradient non-finite "],
+        ["---:", "---:", "---:"],
+        [" 3.14 ", "  ", "  "],
+        [" nan ", " 0.01 ", " 0 "],
+        ["  ", " nan ", " 7 "],
+    ]
+
+
+def test_effective_ranks_are_summarised_over_the_layers():
+    """Median, largest and smallest; layers in which nothing varies are left out."""
+    assert rank_overview({"a": 2.0, "b": NAN, "c": 5.0, "d": 3.0}) == {
+        "bn_overview/effective_rank_median": 3.0,
+        "bn_overview/effective_rank_max": 5.0,
+        "bn_overview/effective_rank_min": 2.0,
+    }
+    assert rank_overview({}) == {}
+
+
+def test_gradients_are_summarised_by_the_logarithm_of_their_spread():
+    """Decimal logarithms over the layers whose gradient is finite; a gradient of 0 reads as -45."""
+    slopes = {**LAYERS, "zero": Summary(9, 0.0, 0.0, 0.0, 1.0), "sick": Summary(9, NAN, NAN, INF, 0.0)}
+    assert gradient_overview(slopes) == pytest.approx(
+        {
+            "bn_overview/gradient_std_log10_median": -0.5,
+            "bn_overview/gradient_std_log10_max": 2.0,
+            "bn_overview/gradient_std_log10_min": -45.0,
+        }
+    )
+    assert gradient_overview({}) == {}
 
 
 def test_drift_is_summarised_for_gamma_and_beta():

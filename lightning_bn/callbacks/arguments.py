@@ -67,6 +67,17 @@ def check_count(name: str, value: object) -> int:
     return value
 
 
+def check_amount(name: str, value: object) -> float:
+    """A number above 0.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+    return float(value)
+
+
 def check_flag(name: str, value: object) -> bool:
     """True or False.
 

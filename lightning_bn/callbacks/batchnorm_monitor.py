@@ -1,45 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Follow γ and β of every BatchNorm layer, from the start and from the best validation."""
+"""Follow γ and β of every BatchNorm layer, and find out whether the network overfits through them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_bn.callbacks.arguments import check_interval
-from lightning_bn.callbacks.base import Monitor, epoch_of, is_due, shielded, step_of, window_closes
+from lightning_bn.callbacks.arguments import check_amount, check_count, check_flag, check_interval
+from lightning_bn.callbacks.base import Monitor, epoch_of, gather_objects, is_due, shielded, step_of, window_closes
+from lightning_bn.callbacks.drift import affine_of, collapsed, drift_by_layer, loaded, stored
+from lightning_bn.callbacks.evidence import Evidence
+from lightning_bn.callbacks.judgement import cannot_assess, conclude
+from lightning_bn.callbacks.noise import Noise, effective
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.overview import drift_overview
 from lightning_bn.rules.affine_drift import Watched, affine_drift
+from lightning_bn.rules.noisy_batch_statistics import noisy_batch_statistics
+from lightning_bn.rules.not_assessed import not_assessed
 from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.sinks import Loggers
-from lightning_bn.stats.batchnorm import Affine, drift
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor, nn
 
-Pairs = dict[str, tuple[float, float]]
+    from lightning_bn.stats.attribution import Losses
+    from lightning_bn.stats.batchnorm import Affine
+
+EVERY, MOST_PAIRS = 10, 64
+"""The noise of batch statistics is measured on two of so many batches, until there are so many pairs."""
 
 
 class BatchNormMonitor(Monitor):
-    """Follow how far γ and β of the BatchNorm layers move, and say at the end whether validation loss rose meanwhile.
+    """Follow γ, β and the batch statistics of BatchNorm, and say at the end whether the network overfits through them.
 
     Logged are ‖γ − γ₀‖/‖γ₀‖ and ‖β − β₀‖/‖γ₀‖ as an overview over the layers (``bn_overview/gamma_drift...``),
     against the values of the first step and against those of the best validation. Where γ₀ = 0, as in layers that
-    close a residual block, √C takes the place of ‖γ₀‖. Movement alone is not a fault: the finding at the end of the fit
-    is a note and claims no cause. Costs a few operations on C numbers for each layer on due steps.
+    close a residual block, √C takes the place of ‖γ₀‖. Movement alone is not a fault.
+
+    When the fit ends, a verdict is looked for: kept validation batches run again through ``validation_step``, without a
+    trace, with the weights of the end and of the best validation, with γ and β put back and not, each with running
+    statistics that are estimated anew from kept training batches. It says whether the running statistics suit the
+    weights, whether the validation loss rose while the training loss fell, and which part of the rise γ and β carry. It
+    costs up to seven passes over the kept validation batches and five over the training ones (forward only). Where
+    it cannot be had, a finding says why. The weights of the best validation are kept on the host and in checkpoints.
 
     Args:
-        watch: name under which the project logs its validation loss; smaller is better.
+        watch: name under which the project logs its validation loss, per batch, in ``validation_step``; smaller is
+            better.
         every_n_steps: log the drift each so many optimizer steps, at least 1; None follows the trainer's
             ``log_every_n_steps``.
-        ignore: slugs of findings that are not to be reported, out of affine-drift, not-watched.
+        assess: whether to look for the verdict.
+        num_samples: keep about so many samples of the training and of the validation set for it, of all processes
+            together, at least 1.
+        max_gigabytes: most memory for each of both, in 10⁹ bytes a process, above 0.
+        ignore: slugs of findings that are not to be reported, out of affine-drift, not-watched, not-assessed,
+            wrong-running-statistics, mismatched-statistics, noisy-batch-statistics, collapsed-gamma, no-overfitting,
+            affine-driven-overfitting, shared-overfitting, overfitting-elsewhere.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -53,6 +74,9 @@ class BatchNormMonitor(Monitor):
         watch: str = "val_loss",
         *,
         every_n_steps: int | None = None,
+        assess: bool = True,
+        num_samples: int = 4096,
+        max_gigabytes: float = 1.0,
         ignore: list[str] | None = None,
     ) -> None:
         super().__init__(ignore=ignore)
@@ -60,6 +84,10 @@ class BatchNormMonitor(Monitor):
             raise ValueError(f"watch must be the name of a logged metric, got {watch!r}")
         self.watch = watch
         self.every_n_steps = check_interval("every_n_steps", every_n_steps, default="the trainer's log_every_n_steps")
+        self.assess = check_flag("assess", assess)
+        self.num_samples = check_count("num_samples", num_samples)
+        self.max_gigabytes = check_amount("max_gigabytes", max_gigabytes)
+        self.losses: Losses | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -68,6 +96,11 @@ class BatchNormMonitor(Monitor):
         self._best: dict[str, Affine] = {}
         self._watched: Watched | None = None
         self._logged: list[str] = []
+        self._evidence: Evidence | None = None
+        self._restored: dict[str, Any] = {}
+        self._noise: Noise | None = None
+        self._assesses = False  # agreed on by all processes
+        self._batch, self._pairs = 1, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a new history; a restored checkpoint replaces it; called by Lightning."""
@@ -76,15 +109,47 @@ class BatchNormMonitor(Monitor):
             self._forget()
 
     @shielded
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make ready to collect what a verdict needs; called by Lightning."""
+        # Not in setup: SyncBatchNorm conversion would replace the layers.
+        self._noise = Noise(pl_module)
+        reason, remedy = cannot_assess(trainer, pl_module) if self.assess else ("assess=False", "")
+        if reason and self.assess and find_batchnorm(pl_module):  # without any, another note says so
+            self.emit(not_assessed(reason, remedy))
+        if not reason:
+            share = -(-self.num_samples // trainer.world_size)
+            self._evidence = Evidence(share, self.max_gigabytes, trainer.global_rank)
+            if self._restored:
+                self._evidence.load_state_dict(self._restored)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Agree with the other ranks on whether to assess; called by Lightning."""
+        # Outside the shield, as every rank has to take part.
+        nothing = self.off or self._evidence is None
+        self._assesses = not trainer.strategy.reduce_boolean_decision(nothing, all=False)
+
+    @shielded
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to keep the batches of another epoch; called by Lightning."""
+        if self._evidence is not None:
+            self._evidence.begin_epoch()
+
+    @shielded
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the values before the first update; called by Lightning."""
+        """Keep the values before the first update, and a sample of the batches; called by Lightning."""
         # Here SyncBatchNorm is in place and checkpoints are restored.
         if self._awaits_start and not any(map(is_lazy, pl_module.parameters())):
             self._begin_from(pl_module)
+        if self._evidence is not None:
+            self._keep(self._evidence.train_batch, pl_module, batch, batch_idx)
+        self._batch += 1
+        if self._noise is not None and self._batch % EVERY < 2 and self._pairs < MOST_PAIRS:  # noqa: PLR2004  (a pair)
+            self.live.hooks.close()
+            self.live.hooks.enter_context(self._noise.listening(self._hear))
 
     @shielded
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep them where lazy layers got their parameters only now; called by Lightning."""
+        """Keep γ and β where lazy layers got their parameters only now; called by Lightning."""
         if self._awaits_start:
             self._begin_from(pl_module)
 
@@ -93,60 +158,110 @@ class BatchNormMonitor(Monitor):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the drift on due steps; called by Lightning."""
+        if self._noise is not None and self._batch % EVERY < 2 and self._pairs < MOST_PAIRS:  # noqa: PLR2004  (a pair)
+            self.live.hooks.close()
+            second = self._batch % EVERY == 1
+            self._noise.end_step(second=second)
+            self._pairs += second
+        if self._evidence is not None:
+            self._evidence.train_loss(outputs)
         if is_due(trainer, self.every_n_steps) and window_closes(trainer) and trainer.is_global_zero and self._start:
             since_start, since_best = drift_by_layer(affine_of(pl_module), self._start, self._best)
             values = drift_overview(since_start.values(), since_best.values())
             Loggers(trainer.loggers).numbers(values, step_of(trainer))
 
     @shielded
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep a sample of the first validation; called by Lightning."""
+        if self._evidence is not None and not trainer.sanity_checking and self._live is not None:
+            self._keep(self._evidence.validation_batch, batch, batch_idx, dataloader_idx)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep γ and β of the best validation; called by Lightning."""
+        """Keep γ, β and weights of the best validation; called by Lightning."""
         if trainer.sanity_checking or self._live is None:
             return
-        self._logged = sorted(trainer.callback_metrics)
-        value = trainer.callback_metrics.get(self.watch)
-        if value is None:
-            return
-        last, before = float(value), self._watched
-        if before is None or last < before.best or not math.isfinite(before.best):
-            self._best = affine_of(pl_module)
-            self._watched = Watched(self.watch, last, epoch_of(trainer), last)
-        else:
-            self._watched = Watched(self.watch, before.best, before.best_epoch, last)
+        last = self._value(trainer)
+        if self._assesses:  # outside the shield: the first rank's number counts, so that all keep the same weights
+            last = gather_objects(trainer, last)[0]
+        self._compare(trainer, pl_module, last)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how far γ and β moved; called by Lightning."""
-        self._conclude(pl_module)
+        """Say how far γ and β moved, and what that did; called by Lightning."""
+        self._conclude(trainer, pl_module)
+        if self._assesses:
+            # Outside the shield: every rank takes part in each step of it.
+            evidence = None if self.off else self._evidence
+            self.losses = conclude(trainer, pl_module, evidence, self._watched, self.emit)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say it also where the user ends the fit by Ctrl-C; called by Lightning."""
+        """Say how far γ and β moved also where the user ends the fit by Ctrl-C; called by Lightning."""
         if isinstance(exception, KeyboardInterrupt) and self._live is not None:
-            self._conclude(pl_module)
+            self._conclude(trainer, pl_module)
         super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """References and history, as plain types and CPU tensors; called by Lightning."""
         return {
             **super().state_dict(),
-            "start": _stored(self._start),
-            "best": _stored(self._best),
+            "start": stored(self._start),
+            "best": stored(self._best),
             "watched": asdict(self._watched) if self._watched else None,
+            "evidence": self._evidence.state_dict() if self._evidence is not None else self._restored,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; called by Lightning."""
         super().load_state_dict(state_dict)
-        self._start = _loaded(state_dict["start"])
+        self._start = loaded(state_dict["start"])
         self._awaits_start = not self._start
-        self._best = _loaded(state_dict["best"])
+        self._best = loaded(state_dict["best"])
         self._watched = Watched(**state_dict["watched"]) if state_dict["watched"] else None
+        self._restored = dict(state_dict.get("evidence") or {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but batches, weights and layers."""
+        return {**super().__getstate__(), "_evidence": None, "_noise": None}
 
     def _begin_from(self, pl_module: LightningModule) -> None:
         self._awaits_start = False
         self._start = affine_of(pl_module)
 
+    def _keep(self, offer: Any, *batch: Any) -> None:
+        try:
+            offer(*batch)
+        except TypeError as error:
+            self._evidence = None
+            self.emit(not_assessed(str(error)), any_rank=True)
+
     @shielded
-    def _conclude(self, pl_module: LightningModule) -> None:
+    def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._noise is not None:
+            self._noise.hear(name, module, inputs, output)
+
+    @shielded
+    def _value(self, trainer: Trainer) -> float | None:
+        value = trainer.callback_metrics.get(self.watch)
+        return None if value is None else float(value)
+
+    @shielded
+    def _compare(self, trainer: Trainer, pl_module: LightningModule, last: float | None) -> None:
+        self._logged = sorted(trainer.callback_metrics)
+        if last is None:
+            return
+        before = self._watched
+        is_best = before is None or last < before.best or not math.isfinite(before.best)
+        if before is None or is_best:
+            self._best = affine_of(pl_module)
+            self._watched = Watched(self.watch, last, epoch_of(trainer), last)
+        else:
+            self._watched = Watched(self.watch, before.best, before.best_epoch, last)
+        if self._evidence is not None:
+            self._evidence.end_validation(pl_module, is_best=is_best)
+
+    @shielded
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not find_batchnorm(pl_module):
             self.emit(not_watched("BatchNorm", "the model has no BatchNorm layer"))
             return
@@ -159,37 +274,7 @@ class BatchNormMonitor(Monitor):
             self.emit(not_watched("the rise of the validation loss", f"watch={self.watch!r} was never logged", how))
         since_start, since_best = drift_by_layer(affine_of(pl_module), self._start, self._best)
         self.emit(affine_drift(since_start, since_best or None, self._watched), repeat=True)
-
-
-def affine_of(pl_module: LightningModule) -> dict[str, Affine]:
-    """Copies of γ and β of every BatchNorm layer that has both, by layer."""
-    return {
-        name: Affine.of(layer.weight, layer.bias)
-        for name, layer in find_batchnorm(pl_module).items()
-        if layer.weight is not None and layer.bias is not None and not is_lazy(layer.weight)
-    }
-
-
-def drift_by_layer(now: Mapping[str, Affine], *references: Mapping[str, Affine]) -> list[Pairs]:
-    """Drift of γ and β from each reference, for the layers that it knows; one transfer brings all to the host."""
-    pairs = [
-        (place, name)
-        for place, reference in enumerate(references)
-        for name in reference
-        if name in now and reference[name].gamma.shape == now[name].gamma.shape
-    ]
-    found: list[Pairs] = [{} for _ in references]
-    if pairs:
-        here = [now[name] for _, name in pairs]
-        there = [references[place][name].to(now[name].gamma.device) for place, name in pairs]
-        for (place, name), (gamma, beta) in zip(pairs, drift(here, there).tolist(), strict=True):
-            found[place][name] = (gamma, beta)
-    return found
-
-
-def _stored(values: Mapping[str, Affine]) -> dict[str, list[Tensor]]:
-    return {name: [affine.gamma.cpu(), affine.beta.cpu()] for name, affine in values.items()}
-
-
-def _loaded(values: Mapping[str, Sequence[Tensor]]) -> dict[str, Affine]:
-    return {name: Affine(gamma, beta) for name, (gamma, beta) in values.items()}
+        for finding in collapsed(pl_module, self._start, trainer.optimizers):
+            self.emit(finding)
+        if self._noise is not None:
+            self.emit(noisy_batch_statistics(*effective(self._noise.to_plain())))

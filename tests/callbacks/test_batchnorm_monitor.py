@@ -35,7 +35,7 @@ def last(trainer, tag):
 
 def test_drift_is_measured_from_the_start_and_from_the_best_validation(make_trainer):
     """γ 1 → 1.1 (best) → 1.5: a drift of 0.5 from the start and 0.4/1.1 from the best, β in the unit of γ."""
-    monitor = BatchNormMonitor()
+    monitor = BatchNormMonitor(assess=False)
     model = Planned([0.5, 0.7], [1.1, 1.5], network(depth=1))
     make_trainer(monitor, max_epochs=2).fit(model, loader(), loader(seed=1))
     (finding,) = monitor.findings
@@ -54,7 +54,7 @@ def test_drift_is_measured_from_the_start_and_from_the_best_validation(make_trai
 )
 def test_the_finding_says_whether_validation_loss_rose_and_claims_no_more(make_trainer, losses, words):
     """An info with both movements side by side, no advice, and no word of a cause."""
-    monitor = BatchNormMonitor()
+    monitor = BatchNormMonitor(assess=False)
     make_trainer(monitor, max_epochs=2).fit(Planned(losses, [1.1, 1.5]), loader(), loader(seed=1))
     (finding,) = monitor.findings
     assert (finding.rule, finding.severity, finding.advice) == ("affine-drift", Severity.INFO, "")
@@ -78,7 +78,7 @@ def test_a_zero_gamma_that_closes_a_residual_block_is_measured_against_sqrt_c(ma
     """γ₀ = 0 is a deliberate start: its drift is in units of √C and finite."""
     net = network(depth=1)
     nn.init.zeros_(net[1].weight)
-    monitor = BatchNormMonitor()
+    monitor = BatchNormMonitor(assess=False)
     make_trainer(monitor).fit(Planned([0.5], [0.25], net), loader(), loader(seed=1))
     assert monitor.findings[0].data["since_start"]["net.1"] == pytest.approx([0.25, 0.75])
 
@@ -92,7 +92,7 @@ def test_a_zero_gamma_that_closes_a_residual_block_is_measured_against_sqrt_c(ma
 )
 def test_what_cannot_be_assessed_is_said(make_trainer, build, watch, words):
     """A missing layer or metric is an info that names it, not silence."""
-    monitor = BatchNormMonitor(watch)
+    monitor = BatchNormMonitor(watch, assess=False)
     make_trainer(monitor).fit(build(), loader(), loader(seed=1))
     assert [finding.severity for finding in monitor.findings if words in finding.evidence] == [Severity.INFO]
 
@@ -107,14 +107,14 @@ def test_a_model_without_batchnorm_is_searched_once_and_not_on_every_step(make_t
 
 def test_a_misspelt_metric_gets_the_nearest_names(make_trainer):
     """The advice offers what was logged."""
-    monitor = BatchNormMonitor("val_los")
+    monitor = BatchNormMonitor("val_los", assess=False)
     make_trainer(monitor).fit(Healthy(), loader(), loader(seed=1))
     assert "val_loss" in monitor.findings[0].advice
 
 
 def test_without_validation_the_drift_is_still_told(make_trainer):
     """A run without a validation loop ends with the drift and says that the rest was not assessed."""
-    monitor = BatchNormMonitor()
+    monitor = BatchNormMonitor(assess=False)
     make_trainer(monitor).fit(Healthy(), loader())
     assert "was not assessed" in monitor.findings[-1].evidence
 
@@ -126,7 +126,7 @@ def test_the_sanity_check_is_no_validation(make_trainer):
         def validation_step(self, batch, batch_idx):
             self.log("val_loss", torch.tensor(0.1 if self.trainer.sanity_checking else 0.9))
 
-    monitor = BatchNormMonitor()
+    monitor = BatchNormMonitor(assess=False)
     make_trainer(monitor, num_sanity_val_steps=1).fit(SanityIsBest(), loader(), loader(seed=1))
     assert monitor.findings[0].data["watched"]["best"] == pytest.approx(0.9)
 
@@ -134,7 +134,7 @@ def test_the_sanity_check_is_no_validation(make_trainer):
 def test_lazy_batchnorm_is_followed_from_its_first_values(make_trainer):
     """Layers that get their parameters in the first batch are measured as the others."""
     net = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(4))
-    monitor = BatchNormMonitor()
+    monitor = BatchNormMonitor(assess=False)
 
     class Lazy(Healthy):
         def configure_optimizers(self):
@@ -148,10 +148,10 @@ def test_lazy_batchnorm_is_followed_from_its_first_values(make_trainer):
 def test_a_resumed_run_keeps_reference_best_values_and_history(make_trainer, tmp_path):
     """Start and best validation of the first run are those that the resumed run measures from."""
     path = tmp_path / "first.ckpt"
-    trainer = make_trainer(BatchNormMonitor(), max_epochs=1)
+    trainer = make_trainer(BatchNormMonitor(assess=False), max_epochs=1)
     trainer.fit(Planned([0.5, 0.7], [1.1, 1.5], network(depth=1)), loader(), loader(seed=1))
     trainer.save_checkpoint(path)
-    resumed = BatchNormMonitor(every_n_steps=2)  # an argument changed between the runs
+    resumed = BatchNormMonitor(every_n_steps=2, assess=False)  # an argument changed between the runs
     model = Planned([0.5, 0.7], [1.1, 1.5], network(depth=1))
     make_trainer(resumed, max_epochs=2).fit(model, loader(), loader(seed=1), ckpt_path=path, weights_only=True)
     data = resumed.findings[-1].data
@@ -167,7 +167,7 @@ def test_ctrl_c_still_ends_with_the_finding(make_trainer):
         def on_train_epoch_end(self):
             raise KeyboardInterrupt
 
-    monitor = BatchNormMonitor()
+    monitor = BatchNormMonitor(assess=False)
     with pytest.raises(SystemExit):
         make_trainer(monitor).fit(Interrupted(), loader(), loader(seed=1))
     assert [finding.rule for finding in monitor.findings] == ["affine-drift"]

@@ -11,7 +11,7 @@ from harm import Busy, Manual, assert_identical, everything_after
 from lightning.pytorch import LightningModule, seed_everything
 from specimens import Healthy, loader
 
-from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard, WeightInit
+from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard, PreflightAudit, WeightInit
 from lightning_bn.demo import DigitsData, DigitsResNet
 
 
@@ -34,6 +34,7 @@ MONITORS = {
     "BatchNormMonitor": lambda: [BatchNormMonitor()],
     "BatchNormMonitor interval": lambda: [BatchNormMonitor(every_n_steps=5)],
     "WeightInit, report only": lambda: [WeightInit("pytorch")],
+    "PreflightAudit": lambda: [PreflightAudit()],
     "all, twice": lambda: (
         [NaNGuard(), ActivationMonitor(), BatchNormMonitor()] * 1
         + [NaNGuard(), ActivationMonitor(), BatchNormMonitor()]
@@ -63,14 +64,14 @@ def test_every_monitor_in_every_mode_leaves_training_bit_identical(make_trainer,
 )
 def test_all_monitors_together_leave_every_kind_of_training_bit_identical(make_trainer, options):
     """The same under the Trainer's own variations."""
-    monitors = [NaNGuard(), ActivationMonitor(every_n_steps=2), BatchNormMonitor()]
+    monitors = [PreflightAudit(), NaNGuard(), ActivationMonitor(every_n_steps=2), BatchNormMonitor()]
     assert_identical(run(make_trainer, Busy, [], **options), run(make_trainer, Busy, monitors, **options))
 
 
 @pytest.mark.slow
 def test_manual_optimisation_is_left_bit_identical(make_trainer):
     """The same with two optimizers that the user steps himself."""
-    monitors = [NaNGuard(), ActivationMonitor(), BatchNormMonitor()]
+    monitors = [PreflightAudit(), NaNGuard(), ActivationMonitor(), BatchNormMonitor()]
     assert_identical(run(make_trainer, Manual, []), run(make_trainer, Manual, monitors))
 
 
@@ -114,7 +115,8 @@ def test_weight_init_does_not_move_the_random_streams(make_trainer):
 def test_no_hook_stays_on_the_model_after_a_fit(make_trainer):
     """Modules have no forward hooks and no changed attributes left."""
     model = Healthy()
-    make_trainer(WeightInit(), NaNGuard(), ActivationMonitor(), BatchNormMonitor()).fit(model, loader())
+    monitors = [WeightInit(), NaNGuard(), ActivationMonitor(), BatchNormMonitor(), PreflightAudit()]
+    make_trainer(*monitors).fit(model, loader())
     assert all(not module._forward_hooks for module in model.modules())
     assert "configure_model" not in vars(model)
     assert isinstance(model, LightningModule)

@@ -19,38 +19,63 @@ from lightning_bn.first_pass import Call
 from lightning_bn.operations import Fault, Operation, Range
 from lightning_bn.outlook import Prediction
 from lightning_bn.rules.affine_drift import Watched, affine_drift
+from lightning_bn.rules.affine_driven_overfitting import affine_driven_overfitting
+from lightning_bn.rules.affine_outnumbers_samples import affine_outnumbers_samples
+from lightning_bn.rules.batchnorm_in_eval_mode import batchnorm_in_eval_mode
+from lightning_bn.rules.bias_before_batchnorm import bias_before_batchnorm
+from lightning_bn.rules.collapsed_gamma import collapsed_gamma
 from lightning_bn.rules.dead_units import dead_units
+from lightning_bn.rules.decayed_gamma import decayed_gamma
 from lightning_bn.rules.diverged_by_learning_rate import History, diverged_by_learning_rate
 from lightning_bn.rules.dropout_before_batchnorm import dropout_before_batchnorm
 from lightning_bn.rules.exploding_gradient import exploding_gradient
 from lightning_bn.rules.exploding_signal import exploding_signal
+from lightning_bn.rules.fast_affine import fast_affine
+from lightning_bn.rules.few_values_per_channel import few_values_per_channel
 from lightning_bn.rules.huge_updates import huge_updates
 from lightning_bn.rules.interval_widened import interval_widened
 from lightning_bn.rules.invalid_gradient import invalid_gradient
 from lightning_bn.rules.invalid_operation import invalid_operation
 from lightning_bn.rules.large_initial_loss import large_initial_loss
+from lightning_bn.rules.large_momentum import large_momentum
 from lightning_bn.rules.little_headroom import little_headroom
+from lightning_bn.rules.mismatched_statistics import mismatched_statistics
 from lightning_bn.rules.monitor_failed import monitor_failed
 from lightning_bn.rules.no_gradient import no_gradient
+from lightning_bn.rules.no_overfitting import no_overfitting
+from lightning_bn.rules.noisy_batch_statistics import noisy_batch_statistics
 from lightning_bn.rules.non_finite_input import non_finite_input
 from lightning_bn.rules.non_finite_loss import non_finite_loss, untraced_loss
 from lightning_bn.rules.non_finite_output import culprit_of, non_finite_output
 from lightning_bn.rules.non_finite_parameter import non_finite_parameter
 from lightning_bn.rules.non_finite_target import non_finite_target
+from lightning_bn.rules.not_assessed import not_assessed
 from lightning_bn.rules.not_initialised import could_not_fill, left_alone, replaced_by_checkpoint
+from lightning_bn.rules.not_re_estimated import fewer_samples, left_as_they_are, not_reestimated, spoilt
 from lightning_bn.rules.not_watched import not_watched
+from lightning_bn.rules.one_value_per_channel import one_value_per_channel
+from lightning_bn.rules.overfitting_elsewhere import overfitting_elsewhere
 from lightning_bn.rules.overflow_by_initialisation import overflow_by_initialisation, overflowed_at_start
 from lightning_bn.rules.overflow_by_range import overflow_by_range
 from lightning_bn.rules.overflowed_running_statistics import overflowed_running_statistics
 from lightning_bn.rules.overwritten_weights import overwritten_weights
 from lightning_bn.rules.poisoned_running_statistics import poisoned_running_statistics
 from lightning_bn.rules.saturated_units import saturated_units
+from lightning_bn.rules.shared_overfitting import shared_overfitting
+from lightning_bn.rules.single_sample_statistics import single_sample_statistics
+from lightning_bn.rules.small_momentum import small_momentum
 from lightning_bn.rules.tiny_updates import tiny_updates
 from lightning_bn.rules.unmatched_layers import unmatched_layers
+from lightning_bn.rules.unsynchronised_batchnorm import unsynchronised_batchnorm
+from lightning_bn.rules.untracked_statistics import untracked_statistics
 from lightning_bn.rules.vanishing_gradient import Weight, vanishing_gradient
 from lightning_bn.rules.vanishing_signal import vanishing_signal
 from lightning_bn.rules.variance_below_epsilon import variance_below_epsilon
+from lightning_bn.rules.verdict import Case
+from lightning_bn.rules.wrong_running_statistics import wrong_running_statistics
+from lightning_bn.rules.zero_gamma import zero_gamma
 from lightning_bn.source import Line, Spot
+from lightning_bn.stats.attribution import Losses
 from lightning_bn.stats.finite import Census
 
 FINE = Census(8, 0, 0, 0, 2.5)
@@ -92,7 +117,35 @@ def cut():
 
 DIVERGED = History(9, 2.0, (4.0, 9.0), 0.5, 20.0, (0.1,))
 
+
+def case(first=1.0, last=1.0, stored=1.0, as_trained=1.0, best=1.0, now=1.5):
+    """A run of ten batches whose losses differ from setting to setting."""
+
+    def around(loss):
+        return [loss * (1 + 0.001 * place) for place in range(10)]
+
+    losses = Losses([20] * 10, *map(around, (stored, as_trained, now, best, first, last)))
+    return Case("val_loss", 7, losses, 0.2, train_fell=True)
+
+
 EXAMPLES = [
+    pytest.param(
+        "affine-driven-overfitting", affine_driven_overfitting(case(first=1.4, last=1.1)), id="driven by gamma and beta"
+    ),
+    pytest.param("shared-overfitting", shared_overfitting(case(first=1.1, last=1.1)), id="shared"),
+    pytest.param("overfitting-elsewhere", overfitting_elsewhere(case(first=1.05, last=1.45)), id="elsewhere"),
+    pytest.param("no-overfitting", no_overfitting(case(now=1.02)), id="no overfitting"),
+    pytest.param("not-assessed", not_assessed("there is no validation loop"), id="not assessed"),
+    pytest.param(
+        "wrong-running-statistics",
+        wrong_running_statistics(case(stored=2.0), {"net.1": 0.001}),
+        id="wrong running statistics",
+    ),
+    pytest.param(
+        "mismatched-statistics", mismatched_statistics(case(as_trained=1.7), "net.2"), id="mismatched statistics"
+    ),
+    pytest.param("noisy-batch-statistics", noisy_batch_statistics({"net.1": 3.0}, 20), id="noise"),
+    pytest.param("collapsed-gamma", collapsed_gamma("net.1", 9, 16, 0.0, 10.0), id="collapsed gamma"),
     pytest.param("dead-units", dead_units("net.2", 16, 16, 512, None), id="dead units"),
     pytest.param(
         "dropout-before-batchnorm", dropout_before_batchnorm("net.4", "net.2", 0.5), id="dropout in front of BatchNorm"
@@ -160,9 +213,32 @@ EXAMPLES = [
     pytest.param("not-initialised", replaced_by_checkpoint("last.ckpt"), id="checkpoint"),
     pytest.param("not-initialised", left_alone("he"), id="second fit"),
     pytest.param("not-initialised", could_not_fill({"a.weight": "frozen"}), id="skipped"),
+    pytest.param("not-re-estimated", not_reestimated("the step cannot be run again"), id="not re-estimated"),
+    pytest.param("not-re-estimated", left_as_they_are({"net.1": "it was not called"}), id="kept statistics"),
+    pytest.param("not-re-estimated", spoilt("net.1", 2), id="spoilt statistics"),
+    pytest.param("not-re-estimated", fewer_samples(64, 8192, 1.0), id="fewer samples"),
     pytest.param("not-watched", not_watched("the inside of net", "it is compiled", "fit without"), id="not watched"),
     pytest.param("poisoned-running-statistics", poisoned_running_statistics("n", FINE, NAN, used=True), id="poisoned"),
     pytest.param("unmatched-layers", unmatched_layers("head*", ["had", ""]), id="unmatched"),
+    pytest.param("affine-outnumbers-samples", affine_outnumbers_samples(1536, 1536, 100), id="affine alone"),
+    pytest.param("batchnorm-in-eval-mode", batchnorm_in_eval_mode(["net.1"], fresh=True), id="eval mode"),
+    pytest.param("batchnorm-in-eval-mode", batchnorm_in_eval_mode(["a", "b"], fresh=False), id="eval mode, learned"),
+    pytest.param("bias-before-batchnorm", bias_before_batchnorm({"net.0": 16}), id="bias"),
+    pytest.param("decayed-gamma", decayed_gamma(["net.1"], "adamw", 1e-3, 100.0), id="decay"),
+    pytest.param("decayed-gamma", decayed_gamma(["a", "b"], "sgd", 0.1, 0.5), id="decay of SGD"),
+    pytest.param("decayed-gamma", decayed_gamma(["a", "b"], "adam", 0.1, 5.0), id="decay of Adam"),
+    pytest.param("fast-affine", fast_affine(0.05, 5e-5), id="fast affine"),
+    pytest.param("few-values-per-channel", few_values_per_channel(["net.1"], 2), id="few values"),
+    pytest.param("large-momentum", large_momentum({"net.1": 0.9}), id="large momentum"),
+    pytest.param("one-value-per-channel", one_value_per_channel(["net.1"], 16, 1, sure=True), id="one value"),
+    pytest.param("one-value-per-channel", one_value_per_channel(["a", "b"], 1, 1, sure=False), id="perhaps one value"),
+    pytest.param("single-sample-statistics", single_sample_statistics(["net.1"]), id="one sample"),
+    pytest.param("small-momentum", small_momentum({"net.1": 0.001}, 270.0), id="small momentum"),
+    pytest.param("unsynchronised-batchnorm", unsynchronised_batchnorm(["net.1"], 4, 8, flat=True), id="apart"),
+    pytest.param("unsynchronised-batchnorm", unsynchronised_batchnorm(["net.1"], 1, 8, flat=False), id="apart, maps"),
+    pytest.param("untracked-statistics", untracked_statistics(["net.1"]), id="untracked"),
+    pytest.param("zero-gamma", zero_gamma(["net.1"], zero_beta=True, sure=True), id="zero gamma"),
+    pytest.param("zero-gamma", zero_gamma(["a", "b"], zero_beta=False, sure=False), id="zero gamma, not seen"),
 ]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean, spread, range and zero share agree with a float64 loop, whole or pooled."""
+"""Mean, spread, range, zero share and non-finite values agree with a float64 loop, whole or pooled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import pytest
 import torch
 from specimens import NoHostRead
 
-from lightning_bn.stats.moments import Summary, blank, complete, measure, moments, pool, summarize
+from lightning_bn.stats.moments import (
+    MEASURED,
+    NONFINITE,
+    Summary,
+    blank,
+    complete,
+    measure,
+    moments,
+    pool,
+    summarize,
+)
 
 
 def normal(*shape, seed=0):
@@ -28,7 +38,8 @@ def by_hand(x):
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
     zero_share = sum(value == 0 for value in values) / len(values)
-    return Summary(len(values), mean, math.sqrt(variance), max(map(abs, values)), zero_share, min(values), max(values))
+    spread, absmax = math.sqrt(variance), max(map(abs, values))
+    return Summary(len(values), mean, spread, absmax, zero_share, min(values), max(values), nonfinite=0)
 
 
 def assert_agree(found, expected, rel=1e-6):
@@ -38,6 +49,7 @@ def assert_agree(found, expected, rel=1e-6):
     assert found.std == pytest.approx(expected.std, rel=rel, abs=0)
     assert (found.absmax, found.low, found.high) == (expected.absmax, expected.low, expected.high)
     assert found.zero_share == expected.zero_share
+    assert found.nonfinite == expected.nonfinite
 
 
 @pytest.mark.parametrize(
@@ -84,14 +96,14 @@ def test_a_constant_has_no_spread(value, shape):
     """Equal values have exactly the standard deviation 0 and their own mean."""
     x = torch.full(shape, value)
     own = x.double().flatten()[0].item()
-    assert summarize(moments(x)) == Summary(x.numel(), own, 0.0, abs(own), 0.0, own, own)
+    assert summarize(moments(x)) == Summary(x.numel(), own, 0.0, abs(own), 0.0, own, own, nonfinite=0)
 
 
 @pytest.mark.parametrize("shape", [pytest.param((0,), id="vector"), pytest.param((3, 0, 2), id="batch")])
 def test_an_empty_tensor_leaves_everything_undefined(shape):
     """Without values the count is 0 and every statistic NaN."""
     found = summarize(moments(torch.empty(shape)))
-    assert found.count == 0
+    assert (found.count, found.nonfinite) == (0, 0)
     assert all(map(math.isnan, (found.mean, found.std, found.absmax, found.zero_share)))
 
 
@@ -160,6 +172,62 @@ def test_infinity_leaves_range_and_zero_share_known(infinity):
     assert (found.absmax, found.zero_share) == (math.inf, 0.25)
     assert math.isnan(found.mean)
     assert math.isnan(found.std)
+
+
+def spoilt(x, *bad):
+    """The tensor with some values in its middle replaced."""
+    flat = x.clone().reshape(-1)
+    flat[3 : 3 + len(bad)] = torch.tensor(bad, dtype=x.dtype)
+    return flat.reshape(x.shape)
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param(normal(50), id="none"),
+        pytest.param(spoilt(normal(50), NAN), id="NaN"),
+        pytest.param(spoilt(normal(50), INF, -INF), id="both infinities"),
+        pytest.param(spoilt(normal(50), NAN, INF, 0.0, NAN, -INF), id="NaN, infinities and a zero"),
+        pytest.param(torch.full((50,), NAN), id="all NaN"),
+        pytest.param(torch.full((), INF), id="0-dim"),
+        pytest.param(spoilt(normal(50) * 3e38, 3.4e38), id="overflowed, and the largest finite values"),
+        pytest.param(spoilt(normal(50).double() * 1e300, NAN), id="float64, beyond float32"),
+        pytest.param(spoilt((normal(50) * 3e4).half(), NAN), id="float16, in part overflowed"),
+        pytest.param(spoilt(normal(50).bfloat16(), -INF), id="bfloat16"),
+        pytest.param(spoilt(normal(4, 3, 5, 5), NAN, INF).to(memory_format=torch.channels_last), id="channels_last"),
+        pytest.param(spoilt(normal(7, 1), NAN).expand(7, 5), id="expanded"),
+    ],
+)
+def test_values_that_are_not_finite_are_counted_exactly(x):
+    """The number of NaN and infinities is that of ``torch.isfinite``, in any dtype, layout and company."""
+    assert summarize(moments(x)).nonfinite == int((~torch.isfinite(x)).sum())
+
+
+@pytest.mark.slow
+def test_a_count_beyond_what_float32_holds_is_exact():
+    """One more than 2**24 values that are not finite are that many."""
+    x = torch.full((2**24 + 4,), NAN)
+    x[:3] = 1.0
+    assert summarize(moments(x)).nonfinite == 2**24 + 1
+
+
+def test_counts_of_values_that_are_not_finite_add():
+    """Three of one part and two of another are five of the whole; where one part was not counted nobody knows."""
+    a, b = moments(spoilt(normal(50), NAN, INF, NAN)), moments(spoilt(normal(9), INF, -INF))
+    assert summarize(pooled(a, b, moments(normal(4)))).nonfinite == 5
+    unknown = a.copy()
+    unknown[NONFINITE] = NAN
+    assert math.isnan(summarize(pooled(b, unknown)).nonfinite)
+
+
+@pytest.mark.parametrize(("count", "finite"), [(0.0, True), (1.0, False), (NAN, False)])
+def test_where_the_range_is_not_known_the_count_tells_whether_a_layer_is_finite(count, finite):
+    """A layer that was asked and not measured is finite if no value is known to be otherwise."""
+    row = summarize([4.0, 0.0, 1.0, INF, -INF, 0.0, 0.0, count])
+    assert (row.ranged, row.is_finite) == (False, finite)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +313,7 @@ def test_the_watch_for_host_reads_catches_one():
 def test_measuring_works_without_memory():
     """On the meta device, where there is nothing to read, the numbers have their shape."""
     measured = measure(torch.empty(4, 5, device="meta"))
-    assert (measured.shape, measured.dtype) == ((6,), torch.float32)
+    assert (measured.shape, measured.dtype) == ((MEASURED,), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -259,4 +327,4 @@ def test_measuring_works_without_memory():
 )
 def test_the_standard_deviation_is_the_root_of_the_mean_square(m2, std):
     """The biased standard deviation is √(m2 / count), and a rounding error below 0 counts as 0."""
-    assert summarize([2.0, 1.0, m2, 1.0, 1.0, 0.0, 2.0]).std == std
+    assert summarize([2.0, 1.0, m2, 1.0, 1.0, 0.0, 2.0, 0.0]).std == std

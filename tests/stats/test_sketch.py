@@ -44,11 +44,12 @@ def summary(x):
 def test_the_cheap_sums_equal_the_careful_ones(x):
     """Count, range and zeros agree exactly with the careful measurement, mean and spread to 1e-5."""
     found, expected = summary(x), summarize(moments(x))
-    assert (found.count, found.low, found.high, found.zero_share) == (
+    assert (found.count, found.low, found.high, found.zero_share, found.nonfinite) == (
         expected.count,
         expected.low,
         expected.high,
         expected.zero_share,
+        0,
     )
     assert found.mean == pytest.approx(expected.mean, rel=0, abs=1e-5 * expected.std)
     assert found.std == pytest.approx(expected.std, rel=1e-5, abs=0)
@@ -73,10 +74,11 @@ def test_a_spread_that_the_sums_would_lose_is_not_claimed(x):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_value_is_seen(bad):
-    """One NaN or infinity makes the row say that it is not finite."""
+    """One NaN or infinity makes the row say that it is not finite, and that nobody counted."""
     x = normal(50)
     x[7] = bad
     assert not summary(x).is_finite
+    assert math.isnan(summary(x).nonfinite)
 
 
 def test_an_empty_tensor_has_no_pieces():

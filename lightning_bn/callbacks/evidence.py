@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an assessment of overfitting needs, collected while a fit runs: batches, losses, and the weights of its best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bn.callbacks.assessment import Material
+from lightning_bn.callbacks.best_weights import Weights
+from lightning_bn.callbacks.training_batches import TrainingBatches
+
+GIGABYTE = 1e9
+
+
+class Evidence:
+    """Keeps a sample of training and validation batches, and what each validation is compared with.
+
+    Args:
+        num_samples: about so many samples of each kind, on this process.
+        max_gigabytes: most memory for each kind, in 10⁹ bytes.
+        seed: of the choice.
+    """
+
+    def __init__(self, num_samples: int, max_gigabytes: float, seed: int) -> None:
+        self._bounds = (num_samples, max_gigabytes * GIGABYTE, seed)
+        self._training = TrainingBatches(*self._bounds)
+        self._validation: dict[int, TrainingBatches] = {}
+        self._offered = 0
+        self._modes: dict[nn.Module, bool] = {}
+        self._complete = False  # a whole validation has passed by
+        self._loss: Tensor | None = None
+        self._steps = 0
+        self.best: Weights | None = None
+        """Weights of the best validation."""
+        self.since_best = 0
+        """Validations since then."""
+        self.train_best = self.train_last = float("nan")
+        """Mean training loss in front of the best validation, and in front of the last one."""
+
+    def begin_epoch(self) -> None:
+        """Begin to keep the batches of another epoch."""
+        self._training.begin_epoch()
+
+    def train_batch(self, model: nn.Module, batch: Any, number: int) -> None:
+        """Keep a training batch or not; raises TypeError where it cannot be copied."""
+        if self._training.offer(batch, number):
+            self._modes = {module: module.training for module in model.modules()}
+
+    def train_loss(self, outputs: Any) -> None:
+        """Add the loss of a step; nothing is read on the host."""
+        value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.detach().reshape(()).to(torch.float32)
+            self._loss = value if self._loss is None else self._loss + value
+            self._steps += 1
+
+    def validation_batch(self, batch: Any, number: int, loader: int) -> None:
+        """Keep a batch of the first whole validation or not; raises TypeError where it cannot be copied."""
+        if not self._complete:
+            if loader not in self._validation:
+                self._validation[loader] = TrainingBatches(*self._bounds)
+            self._validation[loader].offer(batch, number)
+            self._offered += 1
+
+    def end_validation(self, model: nn.Module, *, is_best: bool) -> None:
+        """A validation is over: keep the weights where it was the best; reads the host.
+
+        Args:
+            model: the network.
+            is_best: whether no validation before had a smaller loss.
+        """
+        self._complete = self._complete or bool(self._validation)
+        if self._loss is not None:
+            self.train_last = float(self._loss) / self._steps
+        self._loss, self._steps = None, 0
+        self.since_best += 1
+        if is_best:
+            self.best, self.since_best, self.train_best = Weights.of(model), 0, self.train_last
+
+    def material(self, model: nn.Module, watch: str, best_value: float) -> Material | str:
+        """What to assess with; in words why not, where something is missing.
+
+        Args:
+            model: the network.
+            watch: name of the validation loss.
+            best_value: its smallest value.
+        """
+        if not self._complete:
+            return "no validation has run"
+        if not self._training.kept:
+            return "no training batch was kept since this run began"
+        if self.best is None or not self.best.fits(model):
+            return "the parameters are not those of the best validation, or not whole on this process"
+        kept = [(loader, entry) for loader, batches in self._validation.items() for entry in batches.kept]
+        best = self.best if self.since_best else None
+        complete = len(kept) == self._offered
+        return Material(watch, best_value, best, tuple(self._training.kept), tuple(kept), complete, self._modes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and CPU tensors; batches are kept anew."""
+        weights = self.best.state_dict() if self.best is not None else None
+        return {"best": weights, "since_best": self.since_best, "train": [self.train_best, self.train_last]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.best = Weights.from_state(state["best"]) if state["best"] else None
+        self.since_best = state["since_best"]
+        self.train_best, self.train_last = state["train"]

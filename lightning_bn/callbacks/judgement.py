@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what was collected in a fit to the verdict on overfitting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from statistics import mean, median
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from tqdm import tqdm
+
+from lightning_bn.callbacks.assessment import Assessment, Material, NotAssessedError
+from lightning_bn.callbacks.base import gather_objects
+from lightning_bn.callbacks.drift import affine_of, drift_by_layer
+from lightning_bn.callbacks.evidence import Evidence
+from lightning_bn.callbacks.rehearsal import cannot_repeat
+from lightning_bn.callbacks.training_batches import cannot_reestimate
+from lightning_bn.findings import Finding
+from lightning_bn.norms import find_batchnorm
+from lightning_bn.rules.affine_drift import Watched
+from lightning_bn.rules.affine_driven_overfitting import affine_driven_overfitting
+from lightning_bn.rules.mismatched_statistics import mismatched_statistics
+from lightning_bn.rules.no_overfitting import no_overfitting
+from lightning_bn.rules.not_assessed import not_assessed
+from lightning_bn.rules.overfitting_elsewhere import overfitting_elsewhere
+from lightning_bn.rules.shared_overfitting import shared_overfitting
+from lightning_bn.rules.verdict import Case
+from lightning_bn.rules.wrong_running_statistics import wrong_running_statistics
+from lightning_bn.stats.batchnorm import Affine
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_bn.stats.attribution import Losses
+
+PATIENCE = 3
+"""Validations that have to come after the best one before a rise is called overfitting."""
+
+
+def cannot_assess(trainer: Trainer, pl_module: LightningModule) -> tuple[str, str]:
+    """Why a fit cannot be assessed, in words, and what to do; both empty where it can."""
+    reason, remedy = cannot_reestimate(trainer, pl_module)
+    if reason:
+        return reason, remedy
+    if not trainer.enable_validation:
+        return "there is no validation loop", "give the fit a validation loader, and log its loss"
+    return cannot_repeat(pl_module, "validation_step") or "", ""
+
+
+def conclude(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    evidence: Evidence | None,
+    watched: Watched | None,
+    emit: Callable[[Finding | None], None],
+) -> Losses | None:
+    """Assess a fit that is over, and say what was found; a collective.
+
+    Args:
+        trainer: its trainer.
+        pl_module: its model.
+        evidence: what was collected; None where that failed on this process.
+        watched: the watched metric.
+        emit: takes the findings.
+
+    Returns:
+        Losses in all settings; None where there is no verdict.
+    """
+    try:
+        material = _material(trainer, pl_module, evidence, watched)
+        shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        with tqdm(desc="lightning_bn: does it overfit?", leave=False, disable=not shown) as bar:
+            losses = Assessment(trainer, pl_module, material, lambda done, total: _show(bar, done, total)).run()
+        fell = _train_loss_fell(trainer, evidence)
+        epoch, since = (watched.best_epoch if watched else 0), (evidence.since_best if evidence else 0)
+        case = Case(material.watch, epoch, losses, _moved(pl_module, material), fell)
+        for finding in _judge(pl_module, material, case, since):
+            emit(finding)
+    except NotAssessedError as reason:
+        emit(not_assessed(str(reason)))
+        return None
+    return losses
+
+
+def _material(
+    trainer: Trainer, pl_module: LightningModule, evidence: Evidence | None, watched: Watched | None
+) -> Material:
+    if evidence is None:
+        found: Material | str = "what it needs could not be collected"
+    elif watched is None:
+        found = "the loss that watch names was never logged"
+    elif not watched.best > 0:
+        found = f"a relative rise has no meaning where the loss is not above 0 ({watched.name} was {watched.best:.4g})"
+    else:
+        found = evidence.material(pl_module, watched.name, watched.best)
+    for reason in gather_objects(trainer, found if isinstance(found, str) else ""):
+        if reason:
+            raise NotAssessedError(reason)
+    if isinstance(found, str):
+        raise NotAssessedError(found)
+    return found
+
+
+def _train_loss_fell(trainer: Trainer, evidence: Evidence | None) -> bool | None:
+    """Whether the training loss is lower than in front of the best validation; None where it is not known."""
+    pairs = gather_objects(trainer, (evidence.train_best, evidence.train_last) if evidence is not None else None)
+    best, last = (mean(values) for values in zip(*(pair for pair in pairs if pair), strict=True))
+    return None if math.isnan(best + last) else last < best
+
+
+def _judge(pl_module: LightningModule, material: Material, case: Case, since: int) -> Iterator[Finding | None]:
+    """What the rules say, running statistics first."""
+    layers = find_batchnorm(pl_module)
+    yield wrong_running_statistics(case, {name: layer.momentum for name, layer in layers.items()})
+    if case.overfits and since < PATIENCE:
+        yield not_assessed(f"{case.words()}, and only {since} validations came after the best one")
+        return
+    for rule in (affine_driven_overfitting, shared_overfitting, overfitting_elsewhere, no_overfitting):
+        yield rule(case)
+    yield mismatched_statistics(case, _dropout(pl_module, material.modes))
+
+
+def _moved(pl_module: LightningModule, material: Material) -> float:
+    """Median over the layers of the drift of γ since the best validation."""
+    if material.best is None:
+        return 0.0
+    names = {id(x): name for name, x in pl_module.named_parameters()}
+    then = {
+        name: Affine(material.best.parameters[names[id(layer.weight)]], material.best.parameters[names[id(layer.bias)]])
+        for name, layer in find_batchnorm(pl_module).items()
+        if layer.weight is not None and layer.bias is not None
+    }
+    (pairs,) = drift_by_layer(affine_of(pl_module), then)
+    return median(gamma for gamma, _ in pairs.values()) if pairs else 0.0
+
+
+def _dropout(pl_module: LightningModule, modes: Mapping[nn.Module, bool]) -> str | None:
+    """The first dropout that is active in training, with a BatchNorm layer behind it in the order of the modules."""
+    modules = list(pl_module.named_modules())
+    norms = set(find_batchnorm(pl_module).values())
+    last = max((place for place, (_, module) in enumerate(modules) if module in norms), default=0)
+    found = (
+        name for name, module in modules[:last] if isinstance(module, _DropoutNd) and module.p and modes.get(module)
+    )
+    return next(found, None)
+
+
+def _show(bar: tqdm[None], done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bounded sample of the batches that training sees, kept as they pass by, and steps on them without a trace."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from lightning_bn.callbacks.rehearsal import apart, arguments, cannot_rehearse
+from lightning_bn.callbacks.retrace import SIMPLE
+from lightning_bn.norms import find_batchnorm
+from lightning_bn.precise import length_of, measure
+from lightning_bn.quarantine import lazy_tensors
+from lightning_bn.stats.population import Population
+from lightning_bn.writes import Writes
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+HOST = torch.device("cpu")
+
+
+@dataclass
+class Kept:
+    """One batch on the host.
+
+    Args:
+        batch: the copy; not to be given to a step, which may change it.
+        number: its ``batch_idx``.
+        samples: its length, by the first axis of its first tensor.
+        nbytes: what its tensors take.
+        homes: the devices that its tensors came from, in the order of copying.
+    """
+
+    batch: Any
+    number: int
+    samples: int
+    nbytes: int
+    homes: Sequence[torch.device]
+
+    def again(self) -> Any:
+        """A new copy, each tensor on the device that it had."""
+        homes = iter(self.homes)
+        return _copied(self.batch, lambda x: next(homes, x.device)).batch
+
+
+class TrainingBatches:
+    """Keeps a random sample of an epoch's batches in host memory.
+
+    The loader is never asked: a second iterator would restart persistent workers in the middle of an epoch, drain an
+    iterable dataset and draw from the global random streams. Each batch of an epoch is equally likely to be kept
+    (reservoir sampling: Vitter 1985, algorithm R), so that a loader that does not shuffle is represented as well. In
+    the first batches of a new epoch those of the last one are still among them. A batch that is not kept costs nothing,
+    and of n batches K·(1 + ln(n/K)) are copied for the K that stay. The random stream is its own.
+
+    Args:
+        num_samples: keep about so many samples: as many batches of the first one's length as it takes.
+        max_bytes: never more than this, but for a single batch.
+        seed: of the choice.
+    """
+
+    def __init__(self, num_samples: int, max_bytes: float, seed: int = 0) -> None:
+        self._wanted, self._max_bytes = num_samples, max_bytes
+        self._random = random.Random(seed)  # noqa: S311  (no cryptography)
+        self._seen = 0  # batches of this epoch
+        self._most = 0  # batches of the longest epoch
+        self._room = 0  # batches to keep at most
+        self._limited = False  # by memory
+        self.kept: list[Kept] = []
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether there were more batches, and memory rather than ``num_samples`` left them out."""
+        return self._limited and self._most > self._room
+
+    @property
+    def samples(self) -> int:
+        """Samples in the kept batches."""
+        return sum(entry.samples for entry in self.kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return sum(entry.nbytes for entry in self.kept)
+
+    def begin_epoch(self) -> None:
+        """Let the batches of a new epoch take the place of the old ones, one by one."""
+        self._seen = 0
+
+    def offer(self, batch: Any, number: int) -> bool:
+        """Keep a batch or not; copies it if so.
+
+        Args:
+            batch: what ``training_step`` is about to get.
+            number: its ``batch_idx``.
+
+        Returns:
+            Whether it was kept.
+
+        Raises:
+            TypeError: where it cannot be copied.
+        """
+        self._seen += 1
+        self._most = max(self._most, self._seen)
+        place = self._seen - 1 if self._seen <= max(self._room, 1) else self._random.randrange(self._seen)
+        if place >= max(self._room, 1):
+            return False
+        self.kept[place : place + 1] = [_keep(batch, number)]
+        self._bound()
+        return True
+
+    def _bound(self) -> None:
+        """Decide on the room at the first batch, and drop batches where later ones are larger."""
+        if not self._room:
+            first = self.kept[0]
+            wanted = math.ceil(self._wanted / max(first.samples, 1))
+            self._room = max(1, min(wanted, int(self._max_bytes // max(first.nbytes, 1))))
+            self._limited = self._room < wanted
+        while len(self.kept) > 1 and self.nbytes > self._max_bytes:
+            del self.kept[0]
+            self._room, self._limited = len(self.kept), True
+
+
+def cannot_reestimate(trainer: Trainer, pl_module: LightningModule) -> tuple[str, str]:
+    """Why training steps cannot be run again for statistics, in words, and what to do; both empty where they can."""
+    by_hand = "call lightning_bn.precise_statistics with a forward of your own"
+    if not find_batchnorm(pl_module):
+        return "the model has no BatchNorm layer", ""
+    strategy = {base.__name__ for base in type(trainer.strategy).__mro__}
+    if not strategy & set(SIMPLE) or "DeepSpeedStrategy" in strategy:  # which is a DDPStrategy by birth
+        return f"under {type(trainer.strategy).__name__} a step cannot be run without the wrapper", by_hand
+    reason = cannot_rehearse(pl_module)
+    if reason is None or (lazy_tensors(pl_module) and not trainer.global_step):  # they may see data in the first batch
+        return "", ""
+    return reason, by_hand
+
+
+def trained_layers(pl_module: LightningModule, modes: Mapping[nn.Module, bool]) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers whose running statistics training updates, by path."""
+    trained = {name: layer for name, layer in find_batchnorm(pl_module).items() if modes.get(layer)}
+    return {name: layer for name, layer in trained.items() if layer.track_running_stats and _has_statistics(layer)}
+
+
+def measure_steps(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    batches: Sequence[Kept],
+    modes: Mapping[nn.Module, bool],
+    layers: Mapping[str, _BatchNorm],
+    *,
+    dropout: bool,
+) -> dict[str, Population]:
+    """Run ``training_step`` on kept batches without a trace, and measure what BatchNorm layers get.
+
+    Gradients are switched on, as a step may differentiate; there is no backward pass of the loss. Also weights that the
+    step itself writes to, such as a teacher's moving average, are put back.
+
+    Args:
+        trainer: the trainer, between the hooks of a fit.
+        pl_module: its model.
+        batches: what to run.
+        modes: each module's mode in training.
+        layers: the layers to measure, in training mode; the others of the model are in the mode of ``modes``.
+        dropout: whether all other modules keep the mode of ``modes``; see :class:`.PreciseBatchNorm`.
+
+    Returns:
+        What each layer got, of this process; a layer that was not called is missing.
+    """
+    step = pl_module.training_step
+    with apart(trainer, pl_module), _weights_kept(pl_module), measure(layers) as sums:
+        for entry in batches:
+            _set_modes(modes, layers, dropout=dropout)
+            args, kwargs = arguments(step, entry.again(), entry.number)
+            with trainer.precision_plugin.train_step_context():
+                step(*args, **kwargs)
+    return sums
+
+
+def _has_statistics(layer: _BatchNorm) -> bool:
+    return layer.running_mean is not None and layer.running_var is not None
+
+
+def _set_modes(modes: Mapping[nn.Module, bool], layers: Mapping[str, _BatchNorm], *, dropout: bool) -> None:
+    # Modules of the user's own that hold others keep their mode: many compute another thing in eval mode, such as a
+    # detector that returns boxes in place of losses.
+    measured = set(layers.values())
+    for module, mode in modes.items():
+        part = next(module.children(), None) is None or type(module).__module__.startswith("torch.nn.")
+        module.training = mode and (dropout or not part or module in measured)
+
+
+@contextmanager
+def _weights_kept(pl_module: LightningModule) -> Iterator[None]:
+    writes, homes = Writes(), [(x, x.data) for x in pl_module.parameters()]
+    for x, _ in homes:
+        writes.keep(x)
+    try:
+        yield
+    finally:
+        writes.put_back()
+        for x, home in homes:
+            if x.data_ptr() != home.data_ptr():  # another tensor was put in its place
+                x.data = home
+
+
+def _keep(batch: Any, number: int) -> Kept:
+    copied = _copied(batch, lambda _: HOST)
+    return Kept(copied.batch, number, length_of(copied.batch), copied.nbytes, copied.homes)
+
+
+@dataclass
+class _Copied:
+    """A deep copy, the devices of the tensors in the order of copying, and what they take."""
+
+    batch: Any
+    homes: Sequence[torch.device]
+    nbytes: int
+
+
+def _copied(batch: Any, place: Callable[[Tensor], torch.device]) -> _Copied:
+    mode = _Moving(place)
+    try:
+        with torch.no_grad(), mode:
+            twin = copy.deepcopy(batch)
+    except Exception as error:
+        raise TypeError(f"batch must be what copy.deepcopy can copy, got {type(batch).__name__} ({error})") from error
+    return _Copied(twin, mode.homes, mode.nbytes)
+
+
+class _Moving(TorchFunctionMode):
+    """Puts the tensors of a deep copy on a device, however deep in objects of other libraries they are.
+
+    Args:
+        place: the device for each tensor.
+    """
+
+    def __init__(self, place: Callable[[Tensor], torch.device]) -> None:
+        super().__init__()
+        self._place = place
+        self.homes: list[torch.device] = []
+        self.nbytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Copy and move in one, where a tensor, or a subclass in its own way, copies itself."""
+        if func is not torch.Tensor.__deepcopy__ and func is not torch.Tensor.clone:
+            return func(*args, **(kwargs or {}))
+        x: Tensor = args[0]
+        self.homes.append(x.device)
+        self.nbytes += x.numel() * x.element_size()
+        # To the host without waiting: into pinned memory, behind what the GPU has still to do.
+        return x.detach().to(self._place(x), non_blocking=True, copy=True).requires_grad_(x.requires_grad)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network was looked at and does not overfit."""
+
+from __future__ import annotations
+
+from lightning_bn.findings import Finding, Severity
+from lightning_bn.rules.verdict import RISE, SURE, Case
+
+RULE = "no-overfitting"
+
+
+def no_overfitting(case: Case) -> Finding | None:
+    """Say that no overfitting was found, and why.
+
+    Args:
+        case: the run.
+
+    Returns:
+        An ``info``; None where the network overfits.
+    """
+    if case.overfits:
+        return None
+    losses = case.losses
+    if losses.best is None:
+        reason = f"{case.name} is at its best ({losses.rise.after:.4g})"
+    else:
+        rise = losses.rise
+        reason = (
+            f"with statistics estimated anew for both, {case.name} went from {rise.before:.4g} (epoch "
+            f"{case.best_epoch}) to {rise.after:.4g} ({rise.relative:+.1%}, {rise.z:.1f} standard errors; "
+            f"overfitting is {RISE:.0%} or more and {SURE:g} or more while the training loss falls)"
+        )
+        if case.train_fell is False:
+            reason += "; the training loss rose too"
+    evidence = f"{reason}. γ moved by {case.drift:.0%} of its norm: movement alone is not a fault"
+    return Finding(RULE, Severity.INFO, evidence, "", data=case.data())
