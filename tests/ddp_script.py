@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from specimens import Healthy, LogOfNegative, LogOfZeroInLoss, loader, network, with_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard, NonFiniteError, WeightInit
+from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard, NonFiniteError, PreciseBatchNorm, WeightInit
 from lightning_bn.callbacks.base import shielded
 from lightning_bn.demo import DigitsData, DigitsResNet
 
@@ -38,13 +38,26 @@ class BreaksOnRankOne(ActivationMonitor):
 class Sharded(Healthy):
     """Rank 0 sees the first 5 samples of each batch of 8, rank 1 the other 3."""
 
-    def __init__(self):
-        super().__init__(network(norm=False), lr=0.0)
+    def __init__(self, norm=False):
+        super().__init__(network(norm=norm), lr=0.0)
 
     def train_dataloader(self):
         x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
         mine = [i for i in range(len(x)) if (i % 8 < 5) == (RANK == 0)]
         return DataLoader(TensorDataset(x[mine], y[mine]), 5 if RANK == 0 else 3)
+
+
+class NotAgain(Sharded):
+    """On rank 1 alone, the step does not run a second time."""
+
+    def training_step(self, batch, batch_idx):
+        if RANK == 1 and batch_idx in self.__dict__.setdefault("seen", set()):
+            raise RuntimeError("no second run")
+        self.seen.add(batch_idx)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_start(self):
+        self.__dict__["seen"] = set()
 
 
 class OwnData(Healthy):
@@ -148,6 +161,8 @@ SCENARIOS = {
     "skip first": lambda: ([NaNGuard("skip")], OwnData(plant=True)),
     "late sharded": lambda: ([NaNGuard("raise")], LateSharded()),
     "late validation": lambda: ([NaNGuard("raise")], LateValidation()),
+    "precise": lambda: ([PreciseBatchNorm(when="end")], Sharded(norm=True)),
+    "precise on rank 0": lambda: ([PreciseBatchNorm(when="end")], NotAgain(norm=True)),
     "breaks on rank 1": lambda: ([BreaksOnRankOne(every_n_steps=1), BatchNormMonitor()], OwnData()),
 }
 
@@ -198,6 +213,7 @@ def main(scenario: str, root: str) -> None:
         "finite": all(math.isfinite(float(x.double().sum())) for x in model.buffers())
         and math.isfinite(weights_of(model)),
         "rows": rows,
+        "statistics": {name: x.tolist() for name, x in model.named_buffers() if "running" in name},
         "windows": monitor.state_dict().get("windows", {}).get("state", torch.zeros(0)).tolist(),
     }
     Path(root, f"rank{RANK}.json").write_text(json.dumps(report))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import seed_everything
 from specimens import Healthy, loader, network
+from test_precise import by_loop
 
 from lightning_bn import ActivationMonitor, read_findings
 
@@ -57,6 +58,23 @@ def test_statistics_are_those_of_the_joined_batch(tmp_path, make_trainer):
     assert ranks[1]["rows"] == ranks[0]["rows"]
     assert ranks[1]["windows"] == ranks[0]["windows"] == alone.state_dict()["windows"]["state"].tolist()
     assert sum(ranks[0]["windows"]) > 0
+
+
+def test_precise_statistics_are_those_of_the_joined_batches_or_of_none(tmp_path):
+    """Unequal batches on two ranks pool to a float64 loop over all of them; where one rank fails, none is changed."""
+    ranks = run("precise", tmp_path / "both")
+    seed_everything(1)
+    model, joined = network(), [part for x, _ in loader() for part in (x[:5], x[5:])]
+    for name, values in by_loop(model, joined).items():
+        for statistic, value in zip(("running_mean", "running_var"), values, strict=True):
+            found = ranks[0]["statistics"][f"net.{name}.{statistic}"]
+            assert found == pytest.approx(value.tolist(), rel=1e-5, abs=1e-6)
+    assert ranks[0]["statistics"] == ranks[1]["statistics"]
+    assert ranks[0]["findings"] == ranks[1]["findings"] == []
+    alone = run("precise on rank 0", tmp_path / "one")
+    assert alone[0]["statistics"] != ranks[0]["statistics"]
+    assert (alone[0]["findings"], alone[1]["findings"]) == (["not-re-estimated"], [])
+    assert not any(alone[0]["off"] + alone[1]["off"])
 
 
 def test_ranks_start_from_the_weights_of_the_first_rank(tmp_path):
