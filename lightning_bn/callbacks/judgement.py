@@ -118,6 +118,12 @@ def _judge(pl_module: LightningModule, material: Material, case: Case, since: in
     if case.overfits and since < PATIENCE:
         yield not_assessed(f"{case.words()}, and only {since} validations came after the best one")
         return
+    if case.unsure:
+        rise = case.losses.rise
+        yield not_assessed(
+            f"{case.name} rose from {rise.before:.4g} to {rise.after:.4g} ({rise.relative:+.0%}), which {rise.z:.1f} "
+            "standard errors do not make sure: it rose in few of the validation batches"
+        )
     for rule in (affine_driven_overfitting, shared_overfitting, overfitting_elsewhere, no_overfitting):
         yield rule(case)
     yield mismatched_statistics(case, _dropout(pl_module, material.modes))

@@ -40,6 +40,12 @@ class Case:
         return rise.relative >= RISE and rise.z >= SURE and self.train_fell is not False
 
     @property
+    def unsure(self) -> bool:
+        """Whether the validation loss rose far enough, and it is not sure that it did."""
+        rise = self.losses.rise
+        return rise.relative >= RISE and rise.z < SURE and self.train_fell is not False
+
+    @property
     def share(self) -> tuple[float, float] | None:
         """Smaller and larger share of the rise that γ and β carry."""
         shares = self.losses.shares
