@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The noise of batch statistics is told in training, from what BatchNorm layers computed anyway."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from specimens import Healthy
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bn import BatchNormMonitor, Severity
+from lightning_bn.callbacks.noise import Noise, effective
+
+
+def follow(net, batches, *, run=None):
+    noise = Noise(net)
+    for place, x in enumerate(batches):
+        with noise.listening(noise.hear):
+            (run or net)(x).sum().backward()
+        noise.end_step(second=bool(place % 2))
+    return effective(noise.to_plain())
+
+
+def batches(*shape, count=128, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "expected"),
+    [
+        pytest.param(nn.BatchNorm1d(32), (8, 32), 8, id="vectors: the batch"),
+        pytest.param(nn.BatchNorm1d(32), (2, 32), 1.9, id="vectors, two"),
+        pytest.param(nn.BatchNorm2d(32), (2, 32, 4, 4), 32, id="independent positions: all of them"),
+    ],
+)
+def test_effective_samples_are_the_values_behind_a_channel(norm, shape, expected):
+    """Of independent values m_eff counts batch and positions."""
+    found, pairs = follow(norm, batches(*shape))
+    assert pairs == 64
+    assert found[""] == pytest.approx(expected, rel=0.15)
+
+
+def test_positions_that_are_copies_do_not_count():
+    """An image of one value repeated is one sample, however many positions it has."""
+    found, _ = follow(nn.BatchNorm2d(32), [x.expand(-1, -1, 4, 4) for x in batches(8, 32, 1, 1)])
+    assert found[""] == pytest.approx(8, rel=0.15)
+
+
+def test_a_checkpointed_layer_is_measured_in_its_first_pass():
+    """Where the graph holds no statistics they are computed, and the repeated pass is not heard."""
+    net = nn.Sequential(nn.BatchNorm1d(32))
+    plain, _ = follow(net, batches(8, 32))
+    given = [x.requires_grad_() for x in batches(8, 32)]
+    saved, _ = follow(net, given, run=lambda x: checkpoint(net, x, use_reentrant=False))
+    assert saved["0"] == pytest.approx(plain["0"], rel=1e-3)
+
+
+def test_a_frozen_layer_is_not_measured():
+    """A layer in eval mode does not normalise by the batch."""
+    assert follow(nn.BatchNorm1d(4).eval(), [x.requires_grad_() for x in batches(8, 4)]) == ({}, 0)
+
+
+def test_sums_of_processes_add_up():
+    """Pairs that two processes saw count as those of one."""
+    norm, parts = nn.BatchNorm1d(32), []
+    for seed in (0, 1):
+        noise = Noise(norm)
+        for place, x in enumerate(batches(8, 32, seed=seed)):
+            with noise.listening(noise.hear):
+                norm(x)
+            noise.end_step(second=bool(place % 2))
+        parts.append(noise.to_plain())
+    found, pairs = effective(*parts)
+    assert pairs == 128
+    assert found[""] == pytest.approx(8, rel=0.15)
+
+
+def test_a_small_batch_of_vectors_is_a_warning_and_a_large_one_is_silent(make_trainer):
+    """A batch of 2 in front of BatchNorm1d is said to be noise, one of 64 is not."""
+
+    def said(batch):
+        generator = torch.Generator().manual_seed(0)
+        data = TensorDataset(torch.randn(1280, 12, generator=generator), torch.randint(4, (1280,), generator=generator))
+        monitor = BatchNormMonitor(assess=False)
+        make_trainer(monitor, max_epochs=1 if batch < 64 else 16, logger=False).fit(
+            Healthy(lr=1e-3), DataLoader(data, batch)
+        )
+        return [f for f in monitor.findings if f.rule == "noisy-batch-statistics"]
+
+    (finding,) = said(2)
+    assert finding.severity is Severity.WARNING
+    assert finding.data["effective"][finding.layer] < 3
+    assert said(64) == []
