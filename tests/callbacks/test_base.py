@@ -239,8 +239,8 @@ BARS = {
 @pytest.mark.parametrize(("bar", "options"), BARS.values(), ids=BARS)
 def test_the_console_shows_every_finding_whole_under_every_bar(make_trainer, capsys, bar, options):
     """Findings from inside an epoch and from the end of the fit are printed on lines of their own."""
-    callbacks = [*diagnose(), *([bar()] if bar else [])]
-    callbacks[0] = NaNGuard("warn")
+    monitors = [NaNGuard("warn"), *(monitor for monitor in diagnose() if not isinstance(monitor, NaNGuard))]
+    callbacks = [*monitors, *([bar()] if bar else [])]
     make_trainer(*callbacks, **options).fit(Healthy(with_module(LogOfNegative())), loader(), loader())
     shown = capsys.readouterr()
     lines = [line.strip() for line in re.split(r"[\r\n]", shown.out + shown.err)]
@@ -270,7 +270,7 @@ def test_any_logger_or_none_will_do(make_trainer, tmp_path, logger):
     chosen = CSVLogger(str(tmp_path), name="csv", version=0) if logger == "csv" else False
     trainer = make_trainer(*diagnose(), logger=chosen)
     trainer.fit(Healthy(), loader(), loader())
-    assert [finding.rule for finding in read_findings(trainer.log_dir)] == ["affine-drift"]
+    assert "affine-drift" in {finding.rule for finding in read_findings(trainer.log_dir)}
     if chosen:
         assert "bn_overview/std_log10_median" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
