@@ -78,6 +78,17 @@ def check_amount(name: str, value: object) -> float:
     return float(value)
 
 
+def check_name(name: str, value: object, what: str) -> str:
+    """A string that is not empty.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be the name {what}, got {value!r}")
+    return value
+
+
 def check_flag(name: str, value: object) -> bool:
     """True or False.
 

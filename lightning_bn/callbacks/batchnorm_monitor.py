@@ -5,34 +5,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.parameter import is_lazy
 
-from lightning_bn.callbacks.arguments import check_amount, check_count, check_flag, check_interval
+from lightning_bn.callbacks.arguments import check_amount, check_count, check_flag, check_interval, check_name
 from lightning_bn.callbacks.base import Monitor, epoch_of, gather_objects, is_due, shielded, step_of, window_closes
-from lightning_bn.callbacks.drift import affine_of, collapsed, drift_by_layer, loaded, stored
+from lightning_bn.callbacks.chronicle import Chronicle
+from lightning_bn.callbacks.drift import affine_of, drift_by_layer, loaded, of_drift, stored
 from lightning_bn.callbacks.evidence import Evidence
 from lightning_bn.callbacks.judgement import cannot_assess, conclude
-from lightning_bn.callbacks.noise import Noise, effective
+from lightning_bn.callbacks.noise import Noise, effective, of_noise
+from lightning_bn.callbacks.response import Action, Response, check_action
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.overview import drift_overview
-from lightning_bn.rules.affine_drift import Watched, affine_drift
-from lightning_bn.rules.noisy_batch_statistics import noisy_batch_statistics
+from lightning_bn.rules.affine_drift import RULE as DRIFT
+from lightning_bn.rules.affine_drift import Watched
 from lightning_bn.rules.not_assessed import not_assessed
-from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.sinks import Loggers
+from lightning_bn.stats.batchnorm import Affine
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from lightning_bn.stats.attribution import Losses
-    from lightning_bn.stats.batchnorm import Affine
-
-EVERY, MOST_PAIRS = 10, 64
-"""The noise of batch statistics is measured on two of so many batches, until there are so many pairs."""
 
 
 class BatchNormMonitor(Monitor):
@@ -55,12 +54,15 @@ class BatchNormMonitor(Monitor):
         every_n_steps: log the drift each so many optimizer steps, at least 1; None follows the trainer's
             ``log_every_n_steps``.
         assess: whether to look for the verdict.
+        on_overfitting: ``report`` looks when the fit ends and changes nothing. The others look as well where the loss
+            is a tenth above its best three validations later: ``stop`` ends the fit if it overfits; ``freeze`` holds γ
+            and β from then on if they have a share in it; ``rewind`` puts them back to the best validation first.
         num_samples: keep about so many samples of the training and of the validation set for it, of all processes
             together, at least 1.
         max_gigabytes: most memory for each of both, in 10⁹ bytes a process, above 0.
         ignore: slugs of findings that are not to be reported, out of affine-drift, not-watched, not-assessed,
             wrong-running-statistics, mismatched-statistics, noisy-batch-statistics, collapsed-gamma, no-overfitting,
-            affine-driven-overfitting, shared-overfitting, overfitting-elsewhere.
+            affine-driven-overfitting, shared-overfitting, overfitting-elsewhere, statistics-updated-twice.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -75,16 +77,16 @@ class BatchNormMonitor(Monitor):
         *,
         every_n_steps: int | None = None,
         assess: bool = True,
+        on_overfitting: Action = "report",
         num_samples: int = 4096,
         max_gigabytes: float = 1.0,
         ignore: list[str] | None = None,
     ) -> None:
         super().__init__(ignore=ignore)
-        if not isinstance(watch, str) or not watch:
-            raise ValueError(f"watch must be the name of a logged metric, got {watch!r}")
-        self.watch = watch
+        self.watch = check_name("watch", watch, "of a logged metric")
         self.every_n_steps = check_interval("every_n_steps", every_n_steps, default="the trainer's log_every_n_steps")
         self.assess = check_flag("assess", assess)
+        self.on_overfitting = check_action(on_overfitting, assess=assess)
         self.num_samples = check_count("num_samples", num_samples)
         self.max_gigabytes = check_amount("max_gigabytes", max_gigabytes)
         self.losses: Losses | None = None
@@ -92,15 +94,14 @@ class BatchNormMonitor(Monitor):
 
     def _forget(self) -> None:
         self._awaits_start = True
-        self._start: dict[str, Affine] = {}
-        self._best: dict[str, Affine] = {}
+        self._start, self._best = dict[str, Affine](), dict[str, Affine]()
         self._watched: Watched | None = None
         self._logged: list[str] = []
         self._evidence: Evidence | None = None
         self._restored: dict[str, Any] = {}
         self._noise: Noise | None = None
         self._assesses = False  # agreed on by all processes
-        self._batch, self._pairs = 1, 0
+        self._response, self._chronicle = Response(self.on_overfitting), Chronicle()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a new history; a restored checkpoint replaces it; called by Lightning."""
@@ -113,10 +114,10 @@ class BatchNormMonitor(Monitor):
         """Make ready to collect what a verdict needs; called by Lightning."""
         # Not in setup: SyncBatchNorm conversion would replace the layers.
         self._noise = Noise(pl_module)
-        reason, remedy = cannot_assess(trainer, pl_module) if self.assess else ("assess=False", "")
+        reason, remedy = cannot_assess(trainer, pl_module)
         if reason and self.assess and find_batchnorm(pl_module):  # without any, another note says so
             self.emit(not_assessed(reason, remedy))
-        if not reason:
+        if self.assess and not reason:
             share = -(-self.num_samples // trainer.world_size)
             self._evidence = Evidence(share, self.max_gigabytes, trainer.global_rank)
             if self._restored:
@@ -142,8 +143,7 @@ class BatchNormMonitor(Monitor):
             self._begin_from(pl_module)
         if self._evidence is not None:
             self._keep(self._evidence.train_batch, pl_module, batch, batch_idx)
-        self._batch += 1
-        if self._noise is not None and self._batch % EVERY < 2 and self._pairs < MOST_PAIRS:  # noqa: PLR2004  (a pair)
+        if self._noise is not None and self._noise.begin_batch():
             self.live.hooks.close()
             self.live.hooks.enter_context(self._noise.listening(self._hear))
 
@@ -158,11 +158,8 @@ class BatchNormMonitor(Monitor):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the drift on due steps; called by Lightning."""
-        if self._noise is not None and self._batch % EVERY < 2 and self._pairs < MOST_PAIRS:  # noqa: PLR2004  (a pair)
+        if self._noise is not None and self._noise.end_batch():
             self.live.hooks.close()
-            second = self._batch % EVERY == 1
-            self._noise.end_step(second=second)
-            self._pairs += second
         if self._evidence is not None:
             self._evidence.train_loss(outputs)
         if is_due(trainer, self.every_n_steps) and window_closes(trainer) and trainer.is_global_zero and self._start:
@@ -186,14 +183,21 @@ class BatchNormMonitor(Monitor):
         if self._assesses:  # outside the shield: the first rank's number counts, so that all keep the same weights
             last = gather_objects(trainer, last)[0]
         self._compare(trainer, pl_module, last)
+        if self._assesses and self._response.is_time(self._watched, self._evidence):
+            said = self._assess(trainer, pl_module)
+            trainer.should_stop = self._response.act(pl_module, said, self._best) or trainer.should_stop
+
+    @shielded
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Hold γ and β where that was asked for; called by Lightning."""
+        self._response.hold(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how far γ and β moved, and what that did; called by Lightning."""
         self._conclude(trainer, pl_module)
         if self._assesses:
-            # Outside the shield: every rank takes part in each step of it.
-            evidence = None if self.off else self._evidence
-            self.losses = conclude(trainer, pl_module, evidence, self._watched, self.emit)
+            self._assess(trainer, pl_module)
+        self._draw(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how far γ and β moved also where the user ends the fit by Ctrl-C; called by Lightning."""
@@ -208,6 +212,8 @@ class BatchNormMonitor(Monitor):
             "start": stored(self._start),
             "best": stored(self._best),
             "watched": asdict(self._watched) if self._watched else None,
+            "chronicle": self._chronicle.state_dict(),
+            "frozen": self._response.frozen,
             "evidence": self._evidence.state_dict() if self._evidence is not None else self._restored,
         }
 
@@ -219,6 +225,9 @@ class BatchNormMonitor(Monitor):
         self._best = loaded(state_dict["best"])
         self._watched = Watched(**state_dict["watched"]) if state_dict["watched"] else None
         self._restored = dict(state_dict.get("evidence") or {})
+        self._response.frozen = bool(state_dict.get("frozen"))
+        if "chronicle" in state_dict:
+            self._chronicle.load_state_dict(state_dict["chronicle"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but batches, weights and layers."""
@@ -257,24 +266,35 @@ class BatchNormMonitor(Monitor):
             self._watched = Watched(self.watch, last, epoch_of(trainer), last)
         else:
             self._watched = Watched(self.watch, before.best, before.best_epoch, last)
+        train = math.nan
         if self._evidence is not None:
             self._evidence.end_validation(pl_module, is_best=is_best)
+            train = self._evidence.train_last
+        (since_start,) = drift_by_layer(affine_of(pl_module), self._start)
+        self._chronicle.add(step_of(trainer), epoch_of(trainer), (train, last), since_start)
+
+    def _assess(self, trainer: Trainer, pl_module: LightningModule) -> set[str]:
+        """Look for the verdict; outside the shield, as every rank takes part in each step of it."""
+        try:
+            evidence = None if self.off else self._evidence
+            found = conclude(trainer, pl_module, evidence, self._watched, partial(self.emit, repeat=True))
+        except Exception as error:  # noqa: BLE001  (ours, and not the user's)
+            self.fail("assess", error)
+            return set()
+        self.losses, self._chronicle.verdict = found.losses, found.words
+        return found.rules
+
+    @shielded
+    def _draw(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            self._chronicle.draw(Loggers(trainer.loggers), step_of(trainer), self._watched, self.losses)
 
     @shielded
     def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not find_batchnorm(pl_module):
-            self.emit(not_watched("BatchNorm", "the model has no BatchNorm layer"))
-            return
-        if not self._start:
-            self.emit(not_watched("the drift of γ and β", "no BatchNorm layer has both, or no batch was trained on"))
-            return
-        if self._watched is None:
-            nearest = get_close_matches(self.watch, self._logged, n=3, cutoff=0.0)
-            how = f"set watch to a logged metric, such as {', '.join(nearest)}" if nearest else "log a validation loss"
-            self.emit(not_watched("the rise of the validation loss", f"watch={self.watch!r} was never logged", how))
-        since_start, since_best = drift_by_layer(affine_of(pl_module), self._start, self._best)
-        self.emit(affine_drift(since_start, since_best or None, self._watched), repeat=True)
-        for finding in collapsed(pl_module, self._start, trainer.optimizers):
-            self.emit(finding)
-        if self._noise is not None:
-            self.emit(noisy_batch_statistics(*effective(self._noise.to_plain())))
+        references = (self._start, self._best)
+        for finding in of_drift(pl_module, references, self._watched, (self.watch, self._logged), trainer.optimizers):
+            self.emit(finding, repeat=finding.rule == DRIFT)
+        if self._noise is not None and self._start:
+            self._chronicle.effective, pairs = effective(self._noise.to_plain())
+            for finding in of_noise(self._chronicle.effective, pairs, self._noise):
+                self.emit(finding)

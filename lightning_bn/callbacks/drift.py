@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -12,7 +13,9 @@ from torch.optim import Optimizer
 from lightning_bn.findings import Finding
 from lightning_bn.norms import find_batchnorm, residual_closing
 from lightning_bn.parameter_groups import groups_of
+from lightning_bn.rules.affine_drift import Watched, affine_drift
 from lightning_bn.rules.collapsed_gamma import SMALL, collapsed_gamma
+from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.stats.batchnorm import Affine, drift
 from lightning_bn.taps import is_below
 
@@ -43,6 +46,41 @@ def drift_by_layer(now: Mapping[str, Affine], *references: Mapping[str, Affine])
         for (place, name), (gamma, beta) in zip(pairs, drift(here, there).tolist(), strict=True):
             found[place][name] = (gamma, beta)
     return found
+
+
+def of_drift(
+    model: nn.Module,
+    references: tuple[Mapping[str, Affine], Mapping[str, Affine]],
+    watched: Watched | None,
+    metric: tuple[str, Sequence[str]],
+    optimizers: Sequence[Optimizer],
+) -> Iterator[Finding]:
+    """What can be said of γ and β at the end of a fit, and what cannot.
+
+    Args:
+        model: the network.
+        references: γ and β at the start, and at the best validation.
+        watched: the watched metric; None where it was never logged.
+        metric: the name that was asked for, and all names that were logged.
+        optimizers: what trains the model.
+    """
+    start, best = references
+    if not find_batchnorm(model):
+        yield not_watched("BatchNorm", "the model has no BatchNorm layer")
+        return
+    if not start:
+        yield not_watched("the drift of γ and β", "no BatchNorm layer has both, or no batch was trained on")
+        return
+    if watched is None:
+        name, logged = metric
+        nearest = get_close_matches(name, logged, n=3, cutoff=0.0)
+        how = f"set watch to a logged metric, such as {', '.join(nearest)}" if nearest else "log a validation loss"
+        yield not_watched("the rise of the validation loss", f"watch={name!r} was never logged", how)
+    since_start, since_best = drift_by_layer(affine_of(model), start, best)
+    found = affine_drift(since_start, since_best or None, watched)
+    if found is not None:
+        yield found
+    yield from collapsed(model, start, optimizers)
 
 
 def collapsed(model: nn.Module, start: Mapping[str, Affine], optimizers: Sequence[Optimizer]) -> Iterator[Finding]:

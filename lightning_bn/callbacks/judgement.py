@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
@@ -13,17 +14,20 @@ from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
 from lightning_bn.callbacks.assessment import Assessment, Material, NotAssessedError
-from lightning_bn.callbacks.base import gather_objects
+from lightning_bn.callbacks.base import callbacks_of, gather_objects
 from lightning_bn.callbacks.drift import affine_of, drift_by_layer
 from lightning_bn.callbacks.evidence import Evidence
 from lightning_bn.callbacks.rehearsal import cannot_repeat
+from lightning_bn.callbacks.response import PATIENCE
 from lightning_bn.callbacks.training_batches import cannot_reestimate
 from lightning_bn.findings import Finding
 from lightning_bn.norms import find_batchnorm
+from lightning_bn.quarantine import lazy_tensors
 from lightning_bn.rules.affine_drift import Watched
 from lightning_bn.rules.affine_driven_overfitting import affine_driven_overfitting
 from lightning_bn.rules.mismatched_statistics import mismatched_statistics
 from lightning_bn.rules.no_overfitting import no_overfitting
+from lightning_bn.rules.not_assessed import RULE as NOT_ASSESSED
 from lightning_bn.rules.not_assessed import not_assessed
 from lightning_bn.rules.overfitting_elsewhere import overfitting_elsewhere
 from lightning_bn.rules.shared_overfitting import shared_overfitting
@@ -36,8 +40,22 @@ if TYPE_CHECKING:
 
     from lightning_bn.stats.attribution import Losses
 
-PATIENCE = 3
-"""Validations that have to come after the best one before a rise is called overfitting."""
+VERDICTS = (affine_driven_overfitting, shared_overfitting, overfitting_elsewhere, no_overfitting)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an assessment.
+
+    Args:
+        losses: losses in all settings; None where there is no verdict.
+        rules: rules that spoke.
+        words: what was said about overfitting.
+    """
+
+    losses: Losses | None
+    rules: set[str]
+    words: str
 
 
 def cannot_assess(trainer: Trainer, pl_module: LightningModule) -> tuple[str, str]:
@@ -47,6 +65,12 @@ def cannot_assess(trainer: Trainer, pl_module: LightningModule) -> tuple[str, st
         return reason, remedy
     if not trainer.enable_validation:
         return "there is no validation loop", "give the fit a validation loader, and log its loss"
+    for callback in callbacks_of(trainer):
+        if any(base.__name__ == "WeightAveraging" for base in type(callback).__mro__):
+            name = type(callback).__name__
+            return f"{name} has other weights validated than are trained", f"leave {name} out for one fit"
+    if lazy_tensors(pl_module):  # they may see data in the first batch
+        return "", ""
     return cannot_repeat(pl_module, "validation_step") or "", ""
 
 
@@ -55,8 +79,8 @@ def conclude(
     pl_module: LightningModule,
     evidence: Evidence | None,
     watched: Watched | None,
-    emit: Callable[[Finding | None], None],
-) -> Losses | None:
+    emit: Callable[[Finding], None],
+) -> Outcome:
     """Assess a fit that is over, and say what was found; a collective.
 
     Args:
@@ -67,8 +91,10 @@ def conclude(
         emit: takes the findings.
 
     Returns:
-        Losses in all settings; None where there is no verdict.
+        What was found and said, the same on all processes.
     """
+    losses: Losses | None = None
+    said: list[Finding] = []
     try:
         material = _material(trainer, pl_module, evidence, watched)
         shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
@@ -77,12 +103,14 @@ def conclude(
         fell = _train_loss_fell(trainer, evidence)
         epoch, since = (watched.best_epoch if watched else 0), (evidence.since_best if evidence else 0)
         case = Case(material.watch, epoch, losses, _moved(pl_module, material), fell)
-        for finding in _judge(pl_module, material, case, since):
-            emit(finding)
+        said = [finding for finding in _judge(pl_module, material, case, since) if finding is not None]
     except NotAssessedError as reason:
-        emit(not_assessed(str(reason)))
-        return None
-    return losses
+        said = [not_assessed(str(reason))]
+    for finding in said if evidence is not None else ():  # else this process has told what failed
+        emit(finding)
+    rules = {finding.rule: finding.evidence for finding in said}
+    words = next((words for rule, words in rules.items() if "overfitting" in rule or rule == NOT_ASSESSED), "")
+    return Outcome(losses, set(rules), words)
 
 
 def _material(
@@ -92,7 +120,9 @@ def _material(
         found: Material | str = "what it needs could not be collected"
     elif watched is None:
         found = "the loss that watch names was never logged"
-    elif not watched.best > 0:
+    elif not math.isfinite(watched.best):
+        found = f"{watched.name} was never finite"
+    elif watched.best <= 0:
         found = f"a relative rise has no meaning where the loss is not above 0 ({watched.name} was {watched.best:.4g})"
     else:
         found = evidence.material(pl_module, watched.name, watched.best)
@@ -124,14 +154,14 @@ def _judge(pl_module: LightningModule, material: Material, case: Case, since: in
             f"{case.name} rose from {rise.before:.4g} to {rise.after:.4g} ({rise.relative:+.0%}), which {rise.z:.1f} "
             "standard errors do not make sure: it rose in few of the validation batches"
         )
-    for rule in (affine_driven_overfitting, shared_overfitting, overfitting_elsewhere, no_overfitting):
+    for rule in VERDICTS:
         yield rule(case)
     yield mismatched_statistics(case, _dropout(pl_module, material.modes))
 
 
 def _moved(pl_module: LightningModule, material: Material) -> float:
     """Median over the layers of the drift of γ since the best validation."""
-    if material.best is None:
+    if material.is_best:
         return 0.0
     names = {id(x): name for name, x in pl_module.named_parameters()}
     then = {

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.findings import Finding
 from lightning_bn.norms import find_batchnorm
+from lightning_bn.rules.noisy_batch_statistics import noisy_batch_statistics
+from lightning_bn.rules.statistics_updated_twice import statistics_updated_twice
 from lightning_bn.stats.attribution import effective_samples
 from lightning_bn.stats.batchnorm import saved_statistics
 from lightning_bn.stats.finite import is_measurable
 from lightning_bn.taps import Hear, listen, reachable, tensors_in
 
+EVERY, MOST_PAIRS = 10, 64
+"""Two of so many batches are measured, until there are so many pairs."""
 CONSTANT = 10.0
 """A channel whose variance is below so many times ε says nothing about the batch."""
 
@@ -39,6 +44,28 @@ class Noise:
         self._now: dict[str, Tensor] = {}
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._pairs: dict[str, int] = {}
+        self._batch, self._measured = 1, 0
+        self._tracked: dict[str, Tensor] = {}  # batches that each layer had seen when this one began
+        self._calls: dict[str, int] = {}
+        self._repeated: dict[str, Tensor] = {}
+
+    def begin_batch(self) -> bool:
+        """Another batch begins; says whether it is to be heard."""
+        self._batch += 1
+        return self._is_heard
+
+    def end_batch(self) -> bool:
+        """The batch is over; says whether it was heard."""
+        if not self._is_heard:
+            return False
+        second = self._batch % EVERY == 1
+        self._measured += second
+        self.end_step(second=second)
+        return True
+
+    @property
+    def _is_heard(self) -> bool:
+        return self._batch % EVERY < 2 and self._measured < MOST_PAIRS  # noqa: PLR2004  (a pair)
 
     @contextmanager
     def listening(self, hear: Hear) -> Iterator[None]:
@@ -47,11 +74,15 @@ class Noise:
         Args:
             hear: is called for each output, and is to call :meth:`hear`.
         """
+        counters = {name: layer.num_batches_tracked for name, layer in self._layers.items()}
+        self._tracked = {name: x.clone() for name, x in counters.items() if x is not None}
         with listen(self._layers, hear):
             yield
 
     def hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """Keep the batch standard deviation of one call; nothing is read on the host."""
+        if module.training:
+            self._calls[name] = self._calls.get(name, 0) + 1
         if name not in self._now and isinstance(module, _BatchNorm) and module.training:
             found = _deviation(module, inputs, output)
             if found is not None:
@@ -74,10 +105,25 @@ class Noise:
                 self._sums[name] = (apart_before + apart, middle_before + middle)
                 self._pairs[name] = self._pairs.get(name, 0) + 1
         self._before, self._now = {} if second else self._now, {}
+        for name, calls in self._calls.items():
+            counter = self._layers[name].num_batches_tracked
+            if counter is not None and name in self._tracked:
+                more = counter - self._tracked[name] - calls
+                self._repeated[name] = self._repeated.get(name, torch.zeros_like(more)) + more
+        self._calls = {}
 
     def forget(self) -> None:
         """Drop a step that was broken off."""
-        self._before, self._now = {}, {}
+        self._before, self._now, self._calls = {}, {}, {}
+
+    @property
+    def repeated(self) -> dict[str, int]:
+        """By layer how often it updated its running statistics without a call of its own; reads the host."""
+        return {name: int(count) for name, count in self._repeated.items() if int(count) > 0}
+
+    def momentum(self, name: str) -> float | None:
+        """That of a layer."""
+        return self._layers[name].momentum
 
     def to_plain(self) -> dict[str, tuple[list[float], list[float], int]]:
         """Sums on the host, which add over processes; reads the host."""
@@ -96,6 +142,19 @@ def effective(*ranks: Mapping[str, tuple[list[float], list[float], int]]) -> tup
         pairs = sum(part[2] for part in parts)
         found[name], most = effective_samples(apart, middle, pairs), max(most, pairs)
     return found, most
+
+
+def of_noise(found: Mapping[str, float], pairs: int, noise: Noise) -> Iterator[Finding | None]:
+    """Judge what was measured; reads the host.
+
+    Args:
+        found: m_eff by layer.
+        pairs: pairs of steps behind it.
+        noise: what was heard on this process.
+    """
+    yield noisy_batch_statistics(found, pairs)
+    repeated = noise.repeated
+    yield statistics_updated_twice(repeated, noise.momentum(next(iter(repeated))) if repeated else None)
 
 
 def _deviation(module: _BatchNorm, inputs: Any, output: Any) -> Tensor | None:

@@ -58,6 +58,22 @@ def test_a_checkpointed_layer_is_measured_in_its_first_pass():
     assert saved["0"] == pytest.approx(plain["0"], rel=1e-3)
 
 
+def test_a_checkpointed_layer_is_said_to_be_updated_twice_and_its_plain_twin_is_not():
+    """Backward runs it again, which its counter of batches tells."""
+
+    def repeated(run):
+        net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        noise = Noise(net)
+        for x in batches(8, 4, count=4):
+            with noise.listening(noise.hear):
+                run(net, x).sum().backward()
+            noise.end_step(second=False)
+        return noise.repeated
+
+    assert repeated(lambda net, x: checkpoint(net, x, use_reentrant=False)) == {"1": 4}
+    assert repeated(lambda net, x: net(x)) == {}
+
+
 def test_a_frozen_layer_is_not_measured():
     """A layer in eval mode does not normalise by the batch."""
     assert follow(nn.BatchNorm1d(4).eval(), [x.requires_grad_() for x in batches(8, 4)]) == ({}, 0)

@@ -64,6 +64,7 @@ from lightning_bn.rules.saturated_units import saturated_units
 from lightning_bn.rules.shared_overfitting import shared_overfitting
 from lightning_bn.rules.single_sample_statistics import single_sample_statistics
 from lightning_bn.rules.small_momentum import small_momentum
+from lightning_bn.rules.statistics_updated_twice import statistics_updated_twice
 from lightning_bn.rules.tiny_updates import tiny_updates
 from lightning_bn.rules.unmatched_layers import unmatched_layers
 from lightning_bn.rules.unsynchronised_batchnorm import unsynchronised_batchnorm
@@ -145,6 +146,7 @@ EXAMPLES = [
         "mismatched-statistics", mismatched_statistics(case(as_trained=1.7), "net.2"), id="mismatched statistics"
     ),
     pytest.param("noisy-batch-statistics", noisy_batch_statistics({"net.1": 3.0}, 20), id="noise"),
+    pytest.param("statistics-updated-twice", statistics_updated_twice({"net.1": 4}, 0.1), id="updated twice"),
     pytest.param("collapsed-gamma", collapsed_gamma("net.1", 9, 16, 0.0, 10.0), id="collapsed gamma"),
     pytest.param("dead-units", dead_units("net.2", 16, 16, 512, None), id="dead units"),
     pytest.param(
