@@ -2,7 +2,7 @@
 """What BatchNormMonitor says of runs whose illness is known, and what freezing γ and β really does to them.
 
 Run:     OMP_NUM_THREADS=1 python benchmarks/overfitting.py run [--seeds 0 15] [--rows rows.jsonl]
-         python benchmarks/overfitting.py table [--rows rows.jsonl]
+         python benchmarks/overfitting.py table [--rows rows.jsonl] [--out docs/overfitting.md]
 Data:    the runs of overfitting_cases.py: scikit-learn's digits and a synthetic teacher. Seeds 0 to 4 were there when
          thresholds were chosen ("tuning"); all others were held out.
 Output:  ``run`` appends a line for each run, and passes over those that are there. ``table`` prints markdown: for each
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from overfitting_cases import CASES, DRIVEN, ELSEWHERE, HEALTHY, STATISTICS, Case, Classifier, affine
+from pages import write_between
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (torch's own name for it)
 from torch.utils.data import DataLoader, TensorDataset
@@ -166,7 +167,7 @@ def table_rows(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Misses and false alarms, apart for tuning and held-out seeds, and the agreement with the intervention."""
+    """Misses and false alarms, apart for tuning and held-out seeds."""
     for part, mine in {
         "tuning": [row for row in rows if row["seed"] < TUNED],
         "held out": [row for row in rows if row["seed"] >= TUNED],
@@ -175,12 +176,28 @@ def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             those = [row for row in mine if row["truth"] == truth]
             wrong = Counter(map(right, those))
             yield f"| {part} | {truth} | {len(those)} | {wrong['miss']} | {wrong['false']} |"
+
+
+def interventions(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """How the verdicts agree with runs in which γ and β were frozen."""
     for word in ("driven", "shared", "elsewhere"):
         parts = [row["prevented"] for row in rows if verdict(row) == word and row.get("prevented") is not None]
         if parts:
             half = sum(part >= 0.5 for part in parts)  # noqa: PLR2004  (what the verdict claims)
-            told = f"freezing prevents half or more in {half} | median {median(parts):.2f}"
-            yield f"| all | said: {word} | {len(parts)} | {told} |"
+            yield f"| {word} | {len(parts)} | {half} | {median(parts):.2f} |"
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """All tables, line by line."""
+    yield from (
+        f"torch {torch.__version__}, CPU, {len(rows)} runs of seeds 0 to {max(row['seed'] for row in rows)}.",
+        "",
+    )
+    yield from ("| seeds | truth | runs | missed | false alarms |", "|---|---|---:|---:|---:|", *summary(rows))
+    yield from ("", "| what was said | runs | freezing γ and β prevents half of the rise or more in | median part |")
+    yield from ("|---|---:|---:|---:|", *interventions(rows))
+    yield from ("", "| run | truth | runs | said | wrong statistics | rise | share of γ, β | P |")
+    yield from ("|---|---|---:|---|---:|---:|---:|---:|", *table_rows(rows))
 
 
 def _middle(values: Sequence[float], form: str) -> str:
@@ -193,6 +210,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 15), help="first seed, and the one behind the last")
     parser.add_argument("--rows", type=Path, default=Path("overfitting_rows.jsonl"), help="where the runs are kept")
+    parser.add_argument("--out", type=Path, help="page with the markers of overfitting")
     parser.add_argument("--only", nargs="*", default=list(CASES), help="kinds of runs")
     options = parser.parse_args()
     logging.disable()
@@ -207,11 +225,10 @@ def main() -> None:
                     with options.rows.open("a") as file:
                         file.write(f"{json.dumps(row)}\n")
         return
-    print(f"torch {torch.__version__}, CPU, {len(rows)} runs\n")
-    print("| run | truth | runs | said | wrong statistics | rise | share of γ, β | P |")
-    print("|---|---|---:|---|---:|---:|---:|---:|")
-    print(*table_rows(rows), sep="\n")
-    print("\n| seeds | truth | runs | missed | false alarms |\n|---|---|---:|---:|---:|", *summary(rows), sep="\n")
+    lines = list(tables(rows))
+    print(*lines, sep="\n")
+    if options.out:
+        write_between(options.out, "overfitting", lines)
 
 
 if __name__ == "__main__":
