@@ -84,14 +84,65 @@ def update_overview(ratios: Iterable[float]) -> dict[str, float]:
     return spread("update_ratio_log10", map(_log10, ratios))
 
 
-def activation_table(layers: Mapping[str, Summary]) -> str:
-    """One row for each layer, in markdown."""
-    rows = ["| layer | values | mean | std | largest abs | zeros |", "|---|---:|---:|---:|---:|---:|"]
+def rank_overview(ranks: Mapping[str, float]) -> dict[str, float]:
+    """Overview scalars of the effective rank.
+
+    Args:
+        ranks: participation ratio by layer.
+
+    Returns:
+        ``effective_rank`` as median, largest and smallest over the layers; without layers nothing.
+
+    Example:
+        >>> rank_overview({"a": 3.0})["bn_overview/effective_rank_median"]
+        3.0
+    """
+    return spread("effective_rank", ranks.values())
+
+
+def gradient_overview(gradients: Mapping[str, Summary]) -> dict[str, float]:
+    """Overview scalars of gradients with respect to outputs.
+
+    Args:
+        gradients: summary by layer.
+
+    Returns:
+        ``gradient_std_log10``, the decimal logarithm, as median, largest and smallest over the layers whose gradient is
+        finite; without layers nothing.
+
+    Example:
+        >>> gradient_overview({"a": Summary(8, 0.0, 0.01, 0.1, 0.0)})["bn_overview/gradient_std_log10_max"]
+        -2.0
+    """
+    return spread("gradient_std_log10", (_log10(row.std) for row in gradients.values() if row.is_finite))
+
+
+def activation_table(
+    layers: Mapping[str, Summary],
+    ranks: Mapping[str, float] | None = None,
+    gradients: Mapping[str, Summary] | None = None,
+) -> str:
+    """One row for each layer, in markdown.
+
+    Args:
+        layers: summary of each layer's output.
+        ranks: effective rank by layer; where there are none they have no column.
+        gradients: summary of the gradient with respect to each layer's output; likewise.
+    """
+    names = ["layer", "values", "mean", "std", "largest abs", "zeros", "non-finite"]
+    names += ["effective rank"] * bool(ranks) + ["gradient std", "gradient non-finite"] * bool(gradients)
+    lines = [names, ["---", *["---:"] * (len(names) - 1)]]
     for name, row in layers.items():
         zeros = "undefined" if math.isnan(row.zero_share) else f"{row.zero_share:.1%}"
-        rest = f"{row.absmax:.4g} | {zeros}" if row.ranged else " | "
-        rows.append(f"| `{name or '(the model)'}` | {row.count} | {row.mean:.4g} | {row.std:.4g} | {rest} |")
-    return "\n".join(rows)
+        seen = [f"{row.absmax:.4g}", zeros] if row.ranged else ["", ""]
+        cells = [f"`{name or '(the model)'}`", str(row.count), f"{row.mean:.4g}", f"{row.std:.4g}", *seen, _count(row)]
+        if ranks:
+            cells.append(f"{ranks[name]:.3g}" if name in ranks else "")
+        if gradients:
+            slope = gradients.get(name)
+            cells += ["", ""] if slope is None else [f"{slope.std:.4g}", _count(slope)]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" if cells[0] != "---" else f"|{'|'.join(cells)}|" for cells in lines)
 
 
 def first_pass_table(layers: Mapping[str, Summary], ends: Mapping[str, float]) -> str:
@@ -134,6 +185,11 @@ def drift_overview(
     for name, values in zip(("gamma_drift", "beta_drift"), zip(*since_best, strict=True), strict=False):
         found |= {f"{PREFIX}{name}_since_best_max": value for value in sorted(_known(values))[-1:]}
     return found
+
+
+def _count(row: Summary) -> str:
+    """Number of non-finite values, in words where nobody counted them."""
+    return "not counted" if math.isnan(row.nonfinite) else str(row.nonfinite)
 
 
 def _known(values: Iterable[float]) -> list[float]:

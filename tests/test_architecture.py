@@ -28,6 +28,7 @@ LAYERS = {
     "init_report": 0,
     "figures": 0,
     "heatmaps": 0,
+    "verdict_figures": 0,
     "outlook": 0,
     "precise": 0,
     "quarantine": 0,

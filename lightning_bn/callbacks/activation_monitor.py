@@ -11,17 +11,15 @@ from lightning_bn.callbacks.base import (
     Monitor,
     gather_objects,
     is_compiled,
-    is_due,
     log_interval,
     shielded,
     step_of,
     window_closes,
 )
-from lightning_bn.callbacks.budget import Budget
 from lightning_bn.callbacks.layer_watch import OFF, REST, SPENT, LayerWatch
+from lightning_bn.callbacks.turns import Turns
 from lightning_bn.callbacks.updates import Updates
 from lightning_bn.callbacks.verdicts import of_choice
-from lightning_bn.rules.interval_widened import interval_widened
 from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.sinks import Loggers
 from lightning_bn.taps import choose
@@ -40,17 +38,16 @@ if TYPE_CHECKING:
 class ActivationMonitor(Monitor):
     """Measure every layer's output: mean, spread, range, share of zeros, dead and saturated units.
 
-    On due steps the outputs of all chosen layers are measured on their device; one transfer brings the numbers of all
-    layers to the host. They are pooled exactly over the micro-batches of an accumulated step and over all processes.
-    A BatchNorm layer in training is not measured but asked: mean and spread of its output follow from γ, β and the
-    batch variance that it computed anyway; its range and zeros stay unknown. Units of ReLU, tanh, sigmoid and their
-    hard variants are counted over windows of at least 512 samples.
+    On due steps the outputs of all chosen layers are measured on their device; one transfer brings all numbers to the
+    host. They are pooled exactly over the micro-batches of an accumulated step and over all processes. A BatchNorm
+    layer in training is not measured but asked: mean and spread of its output follow from γ, β and the batch variance
+    that it computed anyway; its range and zeros stay unknown. Units of ReLU, tanh, sigmoid and their hard variants are
+    counted over windows of at least 512 samples.
 
     The loggers get an overview (``bn_overview/...``: median, largest and smallest over the layers) at the pace of the
     trainer's ``log_every_n_steps``, TensorBoard's Text tab the last measured step layer by layer (``bn_activations``);
-    ``statistics`` holds the same for your own use, ``units`` the last window of each activation layer. Besides the due
-    steps only the first step of a fit is measured, which later ones are judged against. On all others nothing is done
-    at all; validation is not measured.
+    ``statistics`` holds the same, ``units`` the last window of each activation layer. Besides the due steps only the
+    first step of a fit is measured, for later ones to be judged against; on all others, and in validation, nothing.
 
     Args:
         layers: shell patterns on module names, such as ``encoder.*``, one or a list; a star also crosses dots. A
@@ -63,6 +60,13 @@ class ActivationMonitor(Monitor):
         parameters: whether to measure weights, gradients and updates too: their norms, parameter by parameter, kept in
             ``weights``, and the rules about vanishing, exploding and missing gradients and about updates that are tiny
             or huge. The weights are copied on due steps. Sharded and sparse parameters are left out.
+        gradients: whether to measure the gradient of the loss with respect to each layer's output too; kept in
+            ``gradients``, pooled like the outputs. It is that of each process's own loss, of which accumulation leaves
+            a part; each backward pass counts. The factor of the Trainer's gradient scaler is taken out, that of a
+            scaler of your own or of DeepSpeed is not.
+        effective_rank: whether to measure the participation ratio (tr Σ)²/‖Σ‖²_F, Σ being the covariance of the
+            channels (Gao et al. 2017), of what linear layers, convolutions and activations put out: 1 to min(channels,
+            samples - 1). Kept in ``ranks``; of this process, its last micro-batch, and at most 8192 samples of it.
         pictures: whether TensorBoard gets, when the fit ends, maps of layer by step (``bn_heatmap/std``,
             ``bn_heatmap/dead_share``), and at the pace of the overview histograms of the first eight layers that a
             warning or an error named (``bn_flagged/...``, of the first process).
@@ -87,6 +91,8 @@ class ActivationMonitor(Monitor):
         *,
         every_n_steps: int | None = None,
         parameters: bool = False,
+        gradients: bool = False,
+        effective_rank: bool = False,
         pictures: bool = True,
         max_overhead: float | None = 0.02,
         ignore: list[str] | None = None,
@@ -95,6 +101,8 @@ class ActivationMonitor(Monitor):
         self.layers = check_strings("layers", layers)
         self.every_n_steps = check_interval("every_n_steps", every_n_steps, default="the trainer's log_every_n_steps")
         self.parameters = check_flag("parameters", parameters)
+        self._feels_gradients = check_flag("gradients", gradients)
+        self.effective_rank = check_flag("effective_rank", effective_rank)
         self.pictures = check_flag("pictures", pictures)
         self.max_overhead = check_share("max_overhead", max_overhead, default="no limit")
         self._restored: dict[str, Any] = {}
@@ -104,11 +112,13 @@ class ActivationMonitor(Monitor):
         self.statistics: dict[str, Summary] = {}
         self.units: dict[str, Window] = {}
         self.weights: dict[str, Weight] = {}
+        self.ranks: dict[str, float] = {}
+        self.gradients: dict[str, Summary] = {}
         self._updates: Updates | None = None
         self._watch: LayerWatch | None = None
-        self._budget = Budget(self.max_overhead)
-        self._switched_off = self._is_due_now = self._was_due = False
-        self._started = False  # the first step of the run is over
+        self._turns = Turns(self.every_n_steps, self.max_overhead)
+        self._switched_off = self._is_due_now = False
+        self._signals: tuple[float, ...] | None = None  # of the last measured step
         self._album = Album(pictures=self.pictures)
         self._page: Page | None = None  # the last measured step
 
@@ -126,14 +136,16 @@ class ActivationMonitor(Monitor):
         layers = {} if is_compiled(pl_module) else choice.layers
         for finding in of_choice(choice, compiled=is_compiled(pl_module)):
             self.emit(finding)
-        if self.every_n_steps is None and log_interval(trainer) < 1:
-            self.emit(not_watched("any step", "log_every_n_steps is 0", "give ActivationMonitor every_n_steps"))
-        self._watch = LayerWatch(pl_module, layers, pl_module.device) if layers else None
-        self._updates = Updates(pl_module) if self.parameters and layers else None
-        if self._watch and self._restored:
-            self._watch.windows.load_state_dict(self._restored["windows"])
-            self._album.load_state_dict(self._restored["pictures"])
-            self._started = True
+        self.emit(self._turns.never(trainer))
+        if not layers:
+            return
+        feel = self._feel if self._feels_gradients else None
+        self._watch = LayerWatch(pl_module, layers, pl_module.device, ranked=self.effective_rank, feel=feel)
+        self._updates = Updates(pl_module) if self.parameters else None
+        loads = {"windows": self._watch.windows.load_state_dict, "pictures": self._album.load_state_dict}
+        for name, state in self._restored.items():
+            loads[name](state)
+            self._turns.started = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree with the other ranks on who measures; called by Lightning."""
@@ -143,24 +155,30 @@ class ActivationMonitor(Monitor):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen on due steps; called by Lightning."""
-        self._is_due_now = not self._switched_off and self._watch is not None and self._is_due(trainer)
+        self._is_due_now = not self._switched_off and self._watch is not None and self._turns.is_measured(trainer)
         if self._is_due_now:
-            self._budget.begin()
-            with self._budget:
-                self._listen(pl_module)
+            self._turns.budget.begin()
+            with self._turns.budget:
+                self._listen(trainer, pl_module)
 
     @shielded
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let go of the model when the forward pass is over; called by Lightning."""
-        if self._is_due_now and pl_module.automatic_optimization:
-            with self._budget:
-                self.live.hooks.close()
+        if self._watch is not None and self._is_due_now:
+            with self._turns.budget:
+                self._watch.enter_backward(trainer, loss, last=pl_module.automatic_optimization)
+
+    @shielded
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Know of no scale of the loss any longer; called by Lightning."""
+        if self._watch is not None and self._is_due_now:
+            self._watch.leave_backward()
 
     @shielded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at weights and gradients on due steps; called by Lightning."""
         if self._updates is not None and self._is_due_now:
-            with self._budget:
+            with self._turns.budget:
                 self._updates.before(optimizer)
 
     def on_train_batch_end(
@@ -170,21 +188,19 @@ class ActivationMonitor(Monitor):
         watch = self._watch
         if not self._is_due_now or watch is None:
             return
-        with self._budget:
+        with self._turns.budget:
             self._stop_listening()
             if not window_closes(trainer):
                 return
             if not watch.agreed or trainer.world_size == 1:
                 watch.agree(gather_objects(trainer, watch.sizes()))
             heard = self._fetch()
-            message = watch.message(heard, *self._budget.latest)
+            message = watch.message(heard, *self._turns.budget.latest)
             ranks = watch.gather(message, trainer.strategy.all_gather if trainer.world_size > 1 else None)
-            signals = None if heard is None else self._take(heard, ranks)
-            self._switched_off = self.off if signals is None else bool(signals[OFF])
+            self._signals = None if heard is None else self._take(watch, heard, ranks)
+            self._switched_off = self.off if self._signals is None else bool(self._signals[OFF])
             self._publish(trainer)
-            self._started = True
-        self._budget.end()
-        self._judge_cost(trainer, signals)
+        self._turns.budget.end()
 
     @shielded
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,11 +212,7 @@ class ActivationMonitor(Monitor):
     @shielded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last measured step layer by layer; called by Lightning."""
-        every = self._interval(trainer)
-        if self._watch is not None and not self._was_due and every:
-            taken = step_of(trainer)
-            how = "set every_n_steps, or log_every_n_steps of the trainer, to a smaller number"
-            self.emit(not_watched("any later step", f"{taken} steps were taken, and every {every}th is measured", how))
+        self.emit(self._turns.too_few(trainer) if self._watch else None)
         self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -210,7 +222,7 @@ class ActivationMonitor(Monitor):
 
     def state_dict(self) -> dict[str, Any]:
         """What was reported, and the windows of the units; called by Lightning."""
-        if self._watch is None or not self._started:
+        if self._watch is None or not self._turns.started:
             return {**super().state_dict(), **self._restored}
         own = {"windows": self._watch.windows.state_dict(), "pictures": self._album.state_dict()}
         return {**super().state_dict(), **own}
@@ -222,27 +234,26 @@ class ActivationMonitor(Monitor):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the model's layers."""
-        return {**super().__getstate__(), "_watch": None, "_updates": None, "_budget": Budget(self.max_overhead)}
-
-    def _interval(self, trainer: Trainer) -> int:
-        return (self.every_n_steps or log_interval(trainer)) * self._budget.factor
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        """Whether the present step is measured: the first of a run is, and each whose turn it is."""
-        interval = self._interval(trainer)
-        return interval > 0 and (not self._started or is_due(trainer, interval))
+        return {**super().__getstate__(), "_watch": None, "_updates": None}
 
     @shielded
-    def _listen(self, pl_module: LightningModule) -> None:
+    def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.live.hooks.close()
         if self._watch is not None:
-            binned = self._album.binned(step_of(self.live.trainer), log_interval(self.live.trainer))
+            binned = self._album.binned(step_of(trainer), log_interval(trainer))
             self.live.hooks.enter_context(self._watch.listen(pl_module, self._hear, binned))
 
     @shielded
     def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._watch is not None:
-            self._watch.hear(name, module, inputs, output)
+            with self._turns.budget:
+                self._watch.hear(name, module, inputs, output)
+
+    @shielded
+    def _feel(self, name: str, gradient: Tensor) -> None:
+        if self._watch is not None:
+            with self._turns.budget:
+                self._watch.feel(name, gradient)
 
     @shielded
     def _stop_listening(self) -> None:
@@ -254,47 +265,36 @@ class ActivationMonitor(Monitor):
         return self._watch.fetch(more) if self._watch is not None else None
 
     @shielded
-    def _take(self, heard: Heard, ranks: Rows) -> tuple[float, ...] | None:
-        if self._watch is None:
-            return None
-        taken = self._watch.take(heard, ranks, step_of(self.live.trainer))
+    def _take(self, watch: LayerWatch, heard: Heard, ranks: Rows) -> tuple[float, ...]:
+        step = step_of(self.live.trainer)
+        taken = watch.take(heard, ranks, step)
         if taken.signals[OFF]:
             self.emit(not_watched("any further step", "the monitor failed on another process"))
             return taken.signals
-        self.statistics = taken.statistics
+        self.statistics, self.gradients, self.ranks = taken.statistics, taken.gradients, heard.ranks
         self.units |= taken.closed
         found = taken.findings
         if self._updates is not None:
-            whole = self.layers is None  # else a module that was not heard may have run
-            called = {name for name, graded in heard.order.items() if graded} if whole else None
-            found += self._updates.read(heard.more, called, heard.order.keys() if whole else None)
+            # Where layers were chosen, a module that was not heard may have run.
+            found += self._updates.read(heard.more, heard.order if self.layers is None else None)
             self.weights = self._updates.latest
         for finding in found:
             self.emit(finding)
-        self._album.flag(found, self._watch.layers)
-        step, order = step_of(self.live.trainer), tuple(heard.order)
-        self._page = Page(step, order, self.statistics, dict(self.units), self.weights, heard.bins)
+        self._album.flag(found, watch.layers)
+        order, more = tuple(heard.order), (heard.bins, self.ranks, self.gradients)
+        self._page = Page(step, order, self.statistics, dict(self.units), self.weights, *more)
         return taken.signals
 
     @shielded
     def _publish(self, trainer: Trainer) -> None:
-        if self._watch is not None and not self._watch.heard:
-            how = "call modules, not their forward methods"
-            self.emit(not_watched(", ".join(self._watch.layers), "no forward pass was heard in a whole step", how))
-        due = is_due(trainer, self._interval(trainer))
-        self._was_due = self._was_due or due
+        self.emit(self._watch.unheard() if self._watch else None)
+        due = self._turns.pass_by(trainer)
         if due and self._page and self.statistics and trainer.is_global_zero:
             self._album.log(Loggers(trainer.loggers), self._page, log_interval(trainer))
+        if self._signals is not None and not self._switched_off:
+            self.emit(self._turns.judge(trainer, self._signals[SPENT], self._signals[REST]), repeat=True)
 
     @shielded
     def _finish(self, trainer: Trainer) -> None:
         if self._page and self.statistics and trainer.is_global_zero:
-            self._album.finish(Loggers(trainer.loggers), self._page, log=self._was_due)
-
-    @shielded
-    def _judge_cost(self, trainer: Trainer, signals: tuple[float, ...] | None) -> None:
-        if signals is not None and self.max_overhead is not None and not self._switched_off:
-            before = self._interval(trainer)
-            share = self._budget.judge(signals[SPENT], signals[REST], before // self._budget.factor)
-            if share is not None:
-                self.emit(interval_widened(share, self.max_overhead, before, self._interval(trainer)), repeat=True)
+            self._album.finish(Loggers(trainer.loggers), self._page, log=self._turns.was_any)

@@ -38,6 +38,8 @@ class Page:
         units: last window by activation layer.
         weights: what the step did, by parameter; empty where that is not measured.
         bins: by layer what :func:`~lightning_bn.stats.histogram.bin_counts` gave.
+        ranks: effective rank by layer; empty where it is not measured.
+        gradients: summary of the gradient with respect to each layer's output; likewise.
     """
 
     step: int
@@ -46,6 +48,8 @@ class Page:
     units: Mapping[str, Window]
     weights: Mapping[str, Weight]
     bins: Mapping[str, list[int]]
+    ranks: Mapping[str, float]
+    gradients: Mapping[str, Summary]
 
 
 class Album:
@@ -93,7 +97,7 @@ class Album:
         """
         if log and self._logged_at < page.step:
             self._log(loggers, page)
-        loggers.text("bn_activations", activation_table(page.statistics), page.step)
+        loggers.text("bn_activations", activation_table(page.statistics, page.ranks, page.gradients), page.step)
         if self._new:
             for statistic in self._history.statistics:
                 tag, scale = MAPS[statistic]
@@ -116,7 +120,8 @@ class Album:
 
     def _log(self, loggers: Loggers, page: Page) -> None:
         self._logged_at = page.step
-        loggers.numbers(overview(page.statistics, page.units, page.weights), page.step)
+        shown = overview(page.statistics, page.units, page.weights, page.ranks, page.gradients)
+        loggers.numbers(shown, page.step)
         if self._pictures and loggers.have_tensorboard:
             self._history.add(page.step, {name: _cells(name, page) for name in page.order})
             self._new = True

@@ -296,5 +296,5 @@ class BatchNormMonitor(Monitor):
             self.emit(finding, repeat=finding.rule == DRIFT)
         if self._noise is not None and self._start:
             self._chronicle.effective, pairs = effective(self._noise.to_plain())
-            for finding in of_noise(self._chronicle.effective, pairs, self._noise):
-                self.emit(finding)
+            for said in of_noise(self._chronicle.effective, pairs, self._noise):
+                self.emit(said)

@@ -14,6 +14,7 @@ from lightning_bn.rules.noisy_batch_statistics import NOISY, SEVERE
 from lightning_bn.sinks import Loggers
 from lightning_bn.stats.attribution import Losses
 from lightning_bn.stats.history import History
+from lightning_bn.verdict_figures import attribution, effective_samples, loss_curves
 
 MAPS = {
     "gamma": ("bn_heatmap/gamma_drift", Scale("How far does γ move?", "‖γ − γ₀‖ / ‖γ₀‖, log scale", "viridis")),
@@ -57,7 +58,6 @@ class Chronicle:
         """
         if not loggers.have_tensorboard:
             return
-        from lightning_bn.verdict_figures import attribution, effective_samples, loss_curves
         for statistic in self._drift.statistics:
             tag, scale = MAPS[statistic]
             loggers.figure(tag, heatmap(self._drift.grid(statistic), scale), step)
@@ -67,7 +67,7 @@ class Chronicle:
             best = min(known)[1] if known else 0
             figure = loss_curves(epochs, train, valid, best=best, name=watched.name, verdict=self.verdict)
             loggers.figure("bn_verdict/losses", figure, step)
-        if watched is not None and losses is not None and losses.shares is not None:
+        if watched is not None and losses is not None and losses.shares is not None and losses.rise.after < math.inf:
             loggers.figure("bn_verdict/attribution", _attribution(losses, watched), step)
         if self.effective:
             names, values = zip(*self.effective.items(), strict=True)
@@ -84,13 +84,10 @@ class Chronicle:
 
 
 def _attribution(losses: Losses, watched: Watched) -> Any:
-    from lightning_bn.verdict_figures import attribution
-
     rise, (first, last) = losses.rise, losses.shares or (math.nan, math.nan)
     total = rise.after - rise.before
     moved, put_back = rise.before + first * total, rise.after - last * total
-    options = {"name": watched.name, "best_epoch": watched.best_epoch}
-    return attribution(rise.before, rise.after, moved, put_back, **options)
+    return attribution(rise.before, rise.after, moved, put_back, name=watched.name, best_epoch=watched.best_epoch)
 
 
 def _log10(value: float) -> float:

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.callbacks.slopes import Slopes
+from lightning_bn.callbacks.tally import Reader, Tally
 from lightning_bn.callbacks.wiring import WEIGHTED, Wiring
 from lightning_bn.stats.batchnorm import output_moments, saved_statistics
+from lightning_bn.stats.effective_rank import participation_ratio
 from lightning_bn.stats.finite import is_measurable
 from lightning_bn.stats.histogram import bin_counts
-from lightning_bn.stats.moments import COUNT, M2, MEAN, MEASURED, Rows, blank, complete, measure, pool, wide_dtype
-from lightning_bn.stats.sketch import complete_sketches, sketch
-from lightning_bn.stats.slots import COLUMNS, Slots
+from lightning_bn.stats.moments import COUNT, M2, MEAN, NONFINITE, Rows, blank, pool, wide_dtype
 from lightning_bn.stats.units import Kind, active_counts
 from lightning_bn.taps import tensors_in
-
-NONZERO = COLUMNS - 1
 
 
 @dataclass(frozen=True)
@@ -50,32 +49,36 @@ class Heard:
     """The numbers of one due step of this rank, on the host.
 
     Args:
-        rows: pooled row of each layer, ``(layers, 7)``.
+        rows: pooled row of each layer, ``(layers, 8)``.
+        slopes: the same of the gradients with respect to the outputs, where they are followed; else ``(0, 8)``.
         units: by layer what the activations of known kind did.
         variances: by layer the median over channels of the batch variance in front of a BatchNorm layer.
         varied: of layers with weights, where the wiring is followed: spread from sample to sample.
         order: layers in the order in which they first ran, and whether gradients of their outputs were recorded.
         bins: by layer the histogram of its values, see :func:`~lightning_bn.stats.histogram.bin_counts`.
+        ranks: by layer the effective rank of what it put out last, where that is wanted.
         more: the further numbers that were asked for.
     """
 
     rows: Rows
+    slopes: Rows
     units: dict[str, Units]
     variances: dict[str, float]
     varied: dict[str, float]
     order: dict[str, bool]
     bins: dict[str, list[int]]
+    ranks: dict[str, float]
     more: list[float]
 
 
 class Active(NamedTuple):
-    """Active values of one output on the device, and the rows of :class:`.Slots` whose zeros they tell."""
+    """Active values of one output on the device, and the pieces of the tally whose zeros they tell."""
 
     name: str
     active: Tensor
     values: int
     samples: int
-    rows: range
+    pieces: range
 
 
 class Norm(NamedTuple):
@@ -95,11 +98,22 @@ class Ear:
         layers: names, in the order of the rows.
         kinds: of those, the activations whose units are counted, with the axis of their channels.
         device: where numbers are put together.
+        ranked: of the layers, those whose effective rank is wanted, with the axis of their channels.
+        slopes: follows the outputs into backward; None where that is not wanted.
     """
 
-    def __init__(self, layers: Iterable[str], kinds: Mapping[str, tuple[Kind, int]], device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Iterable[str],
+        kinds: Mapping[str, tuple[Kind, int]],
+        device: torch.device,
+        *,
+        ranked: Mapping[str, int],
+        slopes: Slopes | None,
+    ) -> None:
         self._places = {name: place for place, name in enumerate(layers)}
-        self._kinds, self._device, self._slots = kinds, device, Slots(device)
+        self._kinds, self._device, self._tally = kinds, device, Tally(device)
+        self._ranked, self._slopes = ranked, slopes
         self.careful: Collection[str] = set(self._places)
         """Layers whose spread plain sums would lose, or of which nothing is known yet: measured in two passes."""
         self.wiring: Wiring | None = Wiring()
@@ -110,13 +124,14 @@ class Ear:
 
     def begin(self) -> None:
         """Forget what was heard."""
-        self._slots.clear()
-        self._pieces: list[tuple[int, int]] = []
-        self._exact: list[tuple[int, int, Tensor]] = []
+        self._tally.clear()
+        if self._slopes is not None:
+            self._slopes.begin()
         self._norms: list[Norm] = []
         self._active: list[Active] = []
         self._bins: dict[str, Tensor] = {}
         self._varied: dict[str, Tensor] = {}
+        self._ranks: dict[str, Tensor] = {}
         self._order: dict[str, bool] = {}
 
     @property
@@ -137,6 +152,8 @@ class Ear:
                         self._measure(name, module, x)
                 else:
                     self._measure(name, module, x)
+                if self._slopes is not None:
+                    self._slopes.follow(name, x)
 
     def tell(self, more: Sequence[Tensor] = ()) -> Heard:
         """What was heard since :meth:`begin`, which is called again.
@@ -144,20 +161,17 @@ class Ear:
         Args:
             more: further 0-dimensional numbers that are to come with it.
         """
-        host = _Reader(self._fetch(more))
-        sums = host.take(len(self._pieces) * COLUMNS).reshape(-1, COLUMNS)
-        exact = host.take(len(self._exact) * MEASURED).reshape(-1, MEASURED)
+        host = Reader(self._fetch(more))
+        self._tally.read(host)
+        slopes = blank(0) if self._slopes is None else self._slopes.read(host)
         free, variances = self._read_norms(host)
-        units = self._read_units(host, sums)
+        units = self._read_units(host)
         bins = {name: [int(count) for count in host.take(len(counts))] for name, counts in self._bins.items()}
-        varied = dict(zip(self._varied, host.take(len(self._varied)).tolist(), strict=True))
-        rows = [complete_sketches(sums, np.array([float(size) for _, size in self._pieces])), free]
-        if self._exact:
-            rows.insert(1, complete(exact, np.array([float(size) for _, size, _ in self._exact])))
-        places = [*(place for place, _ in self._pieces), *(place for place, *_ in self._exact)]
+        varied, ranks = host.named(self._varied), host.named(self._ranks)
+        rows, places = self._tally.rows()
         places += [self._places[norm.name] for norm in self._norms]
-        pooled = pool(np.concatenate(rows), places, len(self._places))
-        told = Heard(pooled, units, variances, varied, self._order, bins, host.rest())
+        pooled = pool(np.concatenate([rows, free]), places, len(self._places))
+        told = Heard(pooled, slopes, units, variances, varied, self._order, bins, ranks, host.rest())
         self.begin()
         return told
 
@@ -175,18 +189,15 @@ class Ear:
         place, size = self._places[name], x.numel()
         if self.wiring is not None and isinstance(module, WEIGHTED) and x.dim() > 1 and size:
             self._varied[name] = _over_samples(x, -1 if isinstance(module, nn.Linear) else 1)
-        careful = name in self.careful or x.dtype == torch.float64 or x.device != self._device
-        if careful:
-            self._exact.append((place, size, measure(x)))
-        x = x if x.dtype == torch.float32 else x.float()
-        kind, first = self._kinds.get(name) if size else None, len(self._pieces)
+        if name in self._ranked and x.dim() > 1 and size:
+            self._ranks[name] = participation_ratio(x, self._ranked[name])
+        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        kind = self._kinds.get(name) if size else None
         told = kind is not None and kind[0].name == "relu"  # active is what is not 0
-        if not careful:
-            self._pieces += [(place, held) for held in sketch(x, self._slots, zeros=not told)]
+        pieces = self._tally.add(place, x, careful=name in self.careful, zeros=not told)
         if kind is not None:
-            active, samples = active_counts(x, *kind), x.shape[0] if x.dim() > 1 else 1
-            rows = range(first, len(self._pieces) if told else first)
-            self._active.append(Active(name, active, size // len(active), samples, rows))
+            active, samples = active_counts(x.float(), *kind), x.shape[0] if x.dim() > 1 else 1
+            self._active.append(Active(name, active, size // len(active), samples, pieces if told else range(0)))
 
     def _ask(self, name: str, module: _BatchNorm, output: Tensor) -> bool:
         """Let a BatchNorm layer in training say what it computed anyway."""
@@ -205,11 +216,11 @@ class Ear:
         return True
 
     def _fetch(self, more: Sequence[Tensor]) -> Rows:
-        parts = [*self._slots.taken(), *(values for *_, values in self._exact)]
+        parts = self._tally.parts() + ([] if self._slopes is None else self._slopes.parts())
         parts += [norm.vector for norm in self._norms]
         parts += [heard.active for heard in self._active]
         parts += self._bins.values()
-        for single in (list(self._varied.values()), list(more)):
+        for single in (list(self._varied.values()), list(self._ranks.values()), list(more)):
             if single:
                 parts.append(torch.stack(self._here(single)))
         if not parts:
@@ -219,7 +230,7 @@ class Ear:
     def _here(self, tensors: list[Tensor]) -> list[Tensor]:
         return [x if x.device == self._device else x.to(self._device, non_blocking=True) for x in tensors]
 
-    def _read_norms(self, host: _Reader) -> tuple[Rows, dict[str, float]]:
+    def _read_norms(self, host: Reader) -> tuple[Rows, dict[str, float]]:
         """Rows of which mean and variance are known, and range and zeros are not; and median batch variances."""
         rows, variances = blank(len(self._norms)), {}
         for row, norm in zip(rows, self._norms, strict=True):
@@ -227,36 +238,20 @@ class Ear:
             gamma, beta = affine or (np.ones(norm.channels), np.zeros(norm.channels))
             total, spread = output_moments(mean, inverse, gamma, beta, norm.eps)
             row[COUNT], row[MEAN], row[M2] = norm.size, total, spread * norm.size
+            row[NONFINITE] = 0 if math.isfinite(total) and math.isfinite(spread) else math.nan
             middle = float(np.sort(inverse)[norm.channels // 2])
             variances[norm.name] = 1 / middle**2 - norm.eps if middle else math.inf
         return rows, variances
 
-    def _read_units(self, host: _Reader, sums: Rows) -> dict[str, Units]:
-        """Units by layer; and the rows of ReLU are told how many values are not 0."""
+    def _read_units(self, host: Reader) -> dict[str, Units]:
+        """Units by layer; and the tally is told how many values of a ReLU are not 0."""
         found: dict[str, Units] = {}
         for heard in self._active:
             active = host.take(len(heard.active))
-            left = active.sum()
-            for row in heard.rows:
-                sums[row, NONZERO] = min(left, self._pieces[row][1])
-                left -= sums[row, NONZERO]
+            self._tally.count_nonzero(heard.pieces, active.sum())
             units, known = Units(active, heard.values, heard.samples), found.get(heard.name)
             found[heard.name] = known + units if known is not None and len(known.active) == len(active) else units
         return found
-
-
-class _Reader:
-    """Takes numbers off the front."""
-
-    def __init__(self, numbers: Rows) -> None:
-        self._numbers, self._at = numbers, 0
-
-    def take(self, count: int) -> Rows:
-        self._at += count
-        return self._numbers[self._at - count : self._at]
-
-    def rest(self) -> list[float]:
-        return list(map(float, self._numbers[self._at :]))
 
 
 def _over_samples(x: Tensor, axis: int) -> Tensor:

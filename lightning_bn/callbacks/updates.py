@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,15 +68,12 @@ class Updates:
         self._copies = []
         return [value for row in self._rows.values() for value in row if value is not None]
 
-    def read(
-        self, values: Sequence[float], called: Collection[str] | None, heard: Collection[str] | None
-    ) -> Iterator[Finding]:
+    def read(self, values: Sequence[float], heard: Mapping[str, bool] | None) -> Iterator[Finding]:
         """Name the numbers that :meth:`after` gave, when they are on the host, and judge them.
 
         Args:
             values: the numbers.
-            called: modules that ran in this step while gradients were recorded; None where not known.
-            heard: modules that ran in it at all; likewise.
+            heard: modules that ran in this step, and whether gradients were recorded; None where not known.
         """
         numbers, found = iter(values), {}
         for name, row in self._rows.items():
@@ -88,8 +85,13 @@ class Updates:
             self.latest = {name: found[name] for name in self._names.values() if name in found}
             self._steps.append(self.latest)
             steps = list(self._steps)
+            called = None if heard is None else {name for name, graded in heard.items() if graded}
             said = [vanishing_gradient(steps), exploding_gradient(steps), tiny_updates(steps), huge_updates(steps)]
-            yield from (finding for finding in (*said, no_gradient(steps, called, heard)) if finding is not None)
+            yield from (
+                finding
+                for finding in (*said, no_gradient(steps, called, heard and heard.keys()))
+                if finding is not None
+            )
 
     def _can_measure(self, parameter: nn.Parameter) -> bool:
         """Whether it is trained, named, not complex, and whole on this rank."""

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.callbacks.updates import ratios
 from lightning_bn.callbacks.windows import Window
 from lightning_bn.findings import Finding
-from lightning_bn.overview import activation_overview, unit_overview, update_overview
+from lightning_bn.overview import activation_overview, gradient_overview, rank_overview, unit_overview, update_overview
 from lightning_bn.rules.dead_units import dead_units
 from lightning_bn.rules.dropout_before_batchnorm import dropout_before_batchnorm
 from lightning_bn.rules.exploding_signal import exploding_signal
@@ -112,7 +112,11 @@ def of_batchnorm(
 
 
 def overview(
-    statistics: Mapping[str, Summary], units: Mapping[str, Window], weights: Mapping[str, Weight]
+    statistics: Mapping[str, Summary],
+    units: Mapping[str, Window],
+    weights: Mapping[str, Weight],
+    ranks: Mapping[str, float],
+    gradients: Mapping[str, Summary],
 ) -> dict[str, float]:
     """Overview scalars of the last due step.
 
@@ -120,8 +124,11 @@ def overview(
         statistics: summary by layer.
         units: last window by activation layer.
         weights: what the step did, by parameter; empty where that is not measured.
+        ranks: effective rank by layer; likewise.
+        gradients: summary of the gradient with respect to each layer's output; likewise.
     """
     dead = (window.dead / window.units for window in units.values() if not window.bounded)
     saturated = (1 - window.passing for window in units.values() if window.bounded)
     updates = update_overview(ratios(weights))
-    return {**activation_overview(statistics), **unit_overview(dead, saturated), **updates}
+    more = {**rank_overview(ranks), **gradient_overview(gradients)}
+    return {**activation_overview(statistics), **unit_overview(dead, saturated), **updates, **more}

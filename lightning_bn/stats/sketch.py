@@ -67,7 +67,8 @@ def complete_sketches(sums: Rows, counts: Rows) -> Rows:
         counts: ``(K,)``, their numbers of values.
 
     Returns:
-        ``(K, 7)``, a state as in :mod:`.moments` for each; ``m2`` is NaN where it would not be exact enough.
+        ``(K, 8)``, a state as in :mod:`.moments` for each; ``m2`` is NaN where it would not be exact enough, and where
+        the range is not finite nobody counted how many values are not.
     """
     total, squares, low, high, nonzero = sums.T
     with np.errstate(all="ignore"):
@@ -76,7 +77,8 @@ def complete_sketches(sums: Rows, counts: Rows) -> Rows:
         absmax = np.maximum(high, -low)
         sure = (m2 >= SURE * squares) & (absmax >= SMALLEST) & (absmax <= LARGEST)
         m2 = np.where(sure | (absmax == 0), m2, np.nan)
-        return np.stack([counts, mean, m2, low, high, zero_counts(counts, nonzero, absmax), counts], 1)
+        bad = np.where(np.isfinite(absmax), 0, np.nan)
+        return np.stack([counts, mean, m2, low, high, zero_counts(counts, nonzero, absmax), counts, bad], 1)
 
 
 def _sums(flat: Tensor, slots: Slots, signs: Tensor | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from functools import partial, partialmethod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_bn import ActivationMonitor, Severity
+from lightning_bn.callbacks import budget
+from lightning_bn.callbacks.hearing import Ear
+from lightning_bn.callbacks.slopes import Slopes
 
 
 class Keeping(Healthy):
@@ -175,6 +179,75 @@ def test_nan_is_counted_and_undefined_not_dropped(make_trainer):
     assert "undefined" in table.tensor_proto.string_val[0].decode()
 
 
+class Spoils(nn.Module):
+    """Makes NaN and infinities of some values, from a given call on."""
+
+    def __init__(self, first=0):
+        super().__init__()
+        self.calls, self.first = 0, first
+
+    def forward(self, x):
+        self.calls += 1
+        x = x.detach().clone()
+        if self.calls > self.first:
+            x[0, :3], x[1, 4] = float("nan"), float("inf")
+        return x
+
+
+class Beside(nn.Module):
+    """Spoils a copy of its input, of which the loss knows nothing; BatchNorm takes it."""
+
+    def __init__(self, first=0):
+        super().__init__()
+        self.spoils, self.norm, self.head = Spoils(first), nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, 4)
+
+    def forward(self, x):
+        self.norm(self.spoils(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_values_that_are_not_finite_are_counted_exactly(make_trainer, steps):
+    """In the first step and in all later ones; a layer that is only asked, as BatchNorm, does not know how many."""
+    monitor = run(make_trainer, Beside(), data=loader(), max_steps=steps)
+    assert monitor.statistics["net.spoils"].nonfinite == 4
+    assert monitor.statistics["net.head"].nonfinite == 0
+    assert math.isnan(monitor.statistics["net.norm"].nonfinite)
+    assert not monitor.statistics["net.norm"].is_finite
+
+
+@pytest.mark.parametrize(("steps", "count"), [(2, 0), (3, math.nan), (4, 4)])
+def test_a_layer_that_was_finite_is_counted_from_the_next_measured_step_on(make_trainer, steps, count):
+    """In the step that shows the first NaN cheap sums tell that there is one, and not how many; then it is exact."""
+    monitor = run(make_trainer, Beside(first=2), data=loader(), max_steps=steps)
+    row = monitor.statistics["net.spoils"]
+    assert row.nonfinite == pytest.approx(count, nan_ok=True)
+    assert row.is_finite == (count == 0)
+    assert monitor.statistics["net.norm"].nonfinite == pytest.approx(0 if steps == 2 else math.nan, nan_ok=True)
+
+
+def test_counts_of_micro_batches_add_and_the_table_shows_them(make_trainer):
+    """Four values of each of two micro-batches are eight of the step, in the last column of the table."""
+    monitor = ActivationMonitor(every_n_steps=1, max_overhead=None)
+    trainer = make_trainer(monitor, num_sanity_val_steps=0, accumulate_grad_batches=2)
+    trainer.fit(Healthy(Beside()), loader())
+    assert monitor.statistics["net.spoils"].nonfinite == 8
+    table = EventAccumulator(trainer.log_dir).Reload().Tensors("bn_activations/text_summary")[0]
+    lines = table.tensor_proto.string_val[0].decode().split("\n")
+    cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines}
+    assert cells["layer"] == "non-finite"
+    assert (cells["`net.spoils`"], cells["`net.head`"], cells["`net.norm`"]) == ("8", "0", "not counted")
+
+
+def test_a_batchnorm_layer_whose_gamma_is_nan_is_not_finite(make_trainer):
+    """Its mean is β and finite; its spread tells that the output is not."""
+    net = network()
+    nn.init.constant_(net[1].weight, float("nan"))
+    row = run(make_trainer, net, data=loader(), max_steps=1).statistics["net.1"]
+    assert math.isfinite(row.mean)
+    assert not row.is_finite
+
+
 def test_a_shared_module_and_a_tuple_output_are_pooled(make_trainer):
     """All calls of a module in a step count, and all tensors of its output."""
 
@@ -289,7 +362,14 @@ def test_later_steps_are_measured_cheaply_and_agree(make_trainer):
         assert row.zero_share == pytest.approx(zeros)
 
 
-def test_one_transfer_brings_a_due_step_to_the_host(make_trainer, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="outputs"),
+        pytest.param({"gradients": True, "effective_rank": True, "parameters": True}, id="all that can be asked for"),
+    ],
+)
+def test_one_transfer_brings_a_due_step_to_the_host(make_trainer, monkeypatch, options):
     """From the start of a due step to its end our code reads one tensor on the host, of all layers together."""
     reads = []
 
@@ -311,7 +391,7 @@ def test_one_transfer_brings_a_due_step_to_the_host(make_trainer, monkeypatch):
                 super().on_train_batch_end(*args)
             each.append(list(reads))
 
-    each, monitor = [], Counting(every_n_steps=1, max_overhead=None)
+    each, monitor = [], Counting(every_n_steps=1, max_overhead=None, **options)
     run(make_trainer, Steep(), monitor=monitor, data=loader(), logger=False)
     assert not monitor.off
     assert [[name for name, _ in step] for step in each] == [["numpy"]] * 4
@@ -368,6 +448,23 @@ def test_a_resumed_run_continues_the_window(make_trainer, tmp_path):
         Healthy(network(norm=False), lr=1e-3), loader(size=256), ckpt_path=path
     )
     assert [(finding.rule, finding.data["samples"]) for finding in second.findings] == [("dead-units", 512)]
+
+
+@pytest.mark.parametrize("left_out", [[], ["pictures"], ["windows", "pictures"]], ids=["all", "older", "oldest"])
+def test_a_checkpoint_has_plain_values_and_an_older_one_is_no_error(make_trainer, tmp_path, left_out):
+    """With all that can be asked for it loads with ``weights_only``; what a checkpoint does not hold begins anew."""
+    options = {"every_n_steps": 1, "max_overhead": None, "gradients": True, "effective_rank": True}
+    first, second, path = ActivationMonitor(**options), ActivationMonitor(**options), tmp_path / "half.ckpt"
+    trainer = make_trainer(first, num_sanity_val_steps=0)
+    trainer.fit(Healthy(), loader())
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    for name in left_out:
+        del saved["callbacks"][first.state_key][name]
+    torch.save(saved, path)
+    make_trainer(second, num_sanity_val_steps=0, max_epochs=2).fit(Healthy(), loader(), ckpt_path=path)
+    assert not second.off
+    assert second.gradients.keys() == first.gradients.keys()
 
 
 def test_saturated_units_are_found_and_the_healthy_twin_is_silent(make_trainer):
@@ -441,6 +538,28 @@ def test_a_costly_interval_is_widened_and_said(make_trainer):
     assert finding.severity is Severity.INFO
     assert finding.data["before"] == 1
     assert finding.data["now"] > 10
+
+
+@pytest.mark.parametrize(("place", "name"), [(Ear, "hear"), (Slopes, "feel")], ids=["forward", "backward"])
+def test_what_is_measured_inside_of_the_models_own_passes_counts_as_overhead(make_trainer, monkeypatch, place, name):
+    """By a clock that runs for a layer's measurement and the step alone: 1 s of each against 40 s is too much."""
+    clock, measure = [0.0], getattr(place, name)
+
+    class Slow(Healthy):
+        def training_step(self, batch, batch_idx):
+            clock[0] += 40
+            return super().training_step(batch, batch_idx)
+
+    def slowly(*args):
+        clock[0] += 1
+        measure(*args)
+
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(place, name, slowly)
+    monitor = ActivationMonitor("net.0", every_n_steps=1, gradients=True)
+    make_trainer(monitor, num_sanity_val_steps=0).fit(Slow(), loader(size=128))
+    (finding,) = monitor.findings
+    assert (finding.rule, finding.data["now"]) == ("interval-widened", 2)
 
 
 @pytest.mark.parametrize(
