@@ -60,18 +60,17 @@ def change(before: Sequence[float], after: Sequence[float], sizes: Sequence[int]
         0.5
     """
     first, second, weight = (np.asarray(values, np.float64) for values in (before, after, sizes))
-    total = weight.sum()
-    means = (first * weight).sum() / total, (second * weight).sum() / total
+    total = float(weight.sum())
+    means = float((first * weight).sum()) / total, float((second * weight).sum()) / total
+    middle, freedom = means[1] - means[0], len(weight) - 1
+    if not math.isfinite(middle) or not freedom or not middle:
+        return Change(*means, 0.0 if math.isfinite(middle) else math.nan)
     differences = second - first
-    middle = means[1] - means[0]
-    freedom = len(differences) - 1
-    if not freedom or not middle:
-        return Change(float(means[0]), float(means[1]), 0.0 if math.isfinite(middle) else math.nan)
     spread = np.sum((weight * (differences - middle)) ** 2) * len(differences) / freedom
     error = math.sqrt(spread) / total
     t = abs(middle) / error if error else math.inf
     z = (8 * freedom + 1) / (8 * freedom + 3) * math.sqrt(freedom * math.log1p(t * t / freedom))
-    return Change(float(means[0]), float(means[1]), math.copysign(z, middle))
+    return Change(*means, math.copysign(z, middle))
 
 
 @dataclass(frozen=True)
