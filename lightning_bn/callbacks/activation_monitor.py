@@ -142,7 +142,7 @@ class ActivationMonitor(Monitor):
         feel = self._feel if self._feels_gradients else None
         self._watch = LayerWatch(pl_module, layers, pl_module.device, ranked=self.effective_rank, feel=feel)
         self._updates = Updates(pl_module) if self.parameters else None
-        loads = {"windows": self._watch.windows.load_state_dict, "pictures": self._album.load_state_dict}
+        loads = {"windows": self._watch.resume, "pictures": self._album.load_state_dict}
         for name, state in self._restored.items():
             loads[name](state)
             self._turns.started = True

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class LayerWatch:
         self._dropouts: dict[str, tuple[str, float]] = {}
         self._fickle = any(isinstance(module, FAST_IN_EVAL) for module in model.modules())
         self._device = device
+        self._first: dict[str, float] | None = None
         wide = {name: axes[module] for name, module in layers.items() if ranked and _has_rank(module)}
         self._slopes = None if feel is None else Slopes(layers, device, feel)
         self._rows = len(self.layers) * (1 if feel is None else 2)
@@ -115,6 +116,11 @@ class LayerWatch:
         finally:
             if self._slopes is not None:
                 self._slopes.let_go()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on with the windows of an earlier run, whose first step is not known."""
+        self.windows.load_state_dict(state)
+        self._first = {}
 
     def feel(self, name: str, gradient: Tensor) -> None:
         """Measure the gradient with respect to an output."""
@@ -220,9 +226,10 @@ class LayerWatch:
         stds = {name: found[name].std for name in heard.order if name in self._weighted}
         findings = [
             *of_units(closed, self._kinds, inner=self._inner, direct=self._direct),
-            *of_signal(stds, heard.varied),
+            *of_signal(stds, heard.varied, self._first),
             *of_batchnorm(self.layers, heard.variances, self._dropouts, step),
         ]
+        self._first = stds if self._first is None else self._first
         measured, felt = ({name: row for name, row in rows.items() if row.count} for rows in (found, slopes))
         return Taken(measured, felt, closed, tuple(ranks[:, :SIGNALS].max(0).tolist()), findings)
 

@@ -71,15 +71,18 @@ def of_units(
             yield finding
 
 
-def of_signal(stds: Mapping[str, float], varied: Mapping[str, float]) -> Iterator[Finding]:
+def of_signal(
+    stds: Mapping[str, float], varied: Mapping[str, float], first: Mapping[str, float] | None
+) -> Iterator[Finding]:
     """Judge the signal over depth.
 
     Args:
         stds: standard deviation of the output of each layer with weights, in the order in which they ran.
         varied: the same over samples alone; empty where it was not measured.
+        first: ``stds`` of the first measured step; None if this is it, empty where it is not known.
     """
     found = vanishing_signal(stds, {name: varied[name] for name in stds if name in varied} or None)
-    for finding in (found, exploding_signal(stds)):
+    for finding in (found, exploding_signal(stds, first)):
         if finding is not None:
             yield finding
 

@@ -513,6 +513,30 @@ def test_a_vanishing_signal_is_found_in_the_first_step(make_trainer):
     assert run(make_trainer, deep(nn.init.kaiming_normal_), data=short).findings == []
 
 
+def test_a_signal_that_explodes_is_found_and_one_that_learning_made_large_is_not(make_trainer):
+    """Layers that multiply by eight from the start are said; the same layers grown in the first epochs are not."""
+
+    class Grows(Healthy):
+        def on_train_batch_end(self, *_):
+            with torch.no_grad():
+                for layer in self.net[::2]:
+                    layer.weight.mul_(8.0 if self.global_step == 1 else 1.0)
+
+    def deep(std):
+        layers = [part for _ in range(8) for part in (nn.Linear(FEATURES, FEATURES), nn.ReLU())]
+        for layer in layers[::2]:
+            nn.init.normal_(layer.weight, std=std)
+        return nn.Sequential(*layers, nn.Linear(FEATURES, 4))
+
+    said = []
+    for model in (Healthy(deep(8 * (2 / FEATURES) ** 0.5), lr=0.0), Grows(deep((2 / FEATURES) ** 0.5), lr=0.0)):
+        monitor = ActivationMonitor(every_n_steps=1, max_overhead=None)
+        make_trainer(monitor, num_sanity_val_steps=0).fit(model, loader(size=64))
+        said.append("exploding-signal" in {finding.rule for finding in monitor.findings})
+        assert monitor.statistics["net.14"].std > 1000
+    assert said == [True, False]
+
+
 @pytest.mark.parametrize(("rate", "rules"), [(0.5, ["dropout-before-batchnorm"]), (0.3, [])])
 def test_dropout_in_front_of_batchnorm_is_found_by_its_rate(make_trainer, rate, rules):
     """Half of the values dropped two modules in front of a BatchNorm layer are said, three tenths are not."""
