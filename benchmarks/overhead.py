@@ -82,9 +82,9 @@ class Clock(Callback):
         if trainer.global_step == self.warm_up:
             self.started = time.perf_counter()
 
-    def on_train_end(self, trainer: Trainer, *_: object) -> None:
-        """Stop."""
-        self.seconds = (time.perf_counter() - self.started) / (trainer.global_step - self.warm_up)
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        """Stop, until the next step; what is drawn when the fit ends is no part of a step."""
+        self.seconds = (time.perf_counter() - self.started) / max(trainer.global_step - self.warm_up, 1)
 
 
 class Switch(Callback):

@@ -3,22 +3,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 import os
+import random
 import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from overfits import Overfits, sets
 from specimens import Healthy, LogOfNegative, LogOfZeroInLoss, loader, network, with_module
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard, NonFiniteError, PreciseBatchNorm, WeightInit
+from lightning_bn.callbacks import assessment
 from lightning_bn.callbacks.base import shielded
 from lightning_bn.demo import DigitsData, DigitsResNet
 
@@ -45,6 +51,25 @@ class Sharded(Healthy):
         x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
         mine = [i for i in range(len(x)) if (i % 8 < 5) == (RANK == 0)]
         return DataLoader(TensorDataset(x[mine], y[mine]), 5 if RANK == 0 else 3)
+
+
+class Spoils(nn.Module):
+    """Makes NaN of two values on rank 1 alone."""
+
+    def forward(self, x):
+        return x.masked_fill(torch.arange(x.numel()).view_as(x) < 2 * RANK, float("nan"))
+
+
+class Beside(Sharded):
+    """Spoils a copy of the input, of which the loss knows nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.side = Spoils()
+
+    def forward(self, x):
+        self.side(x)
+        return super().forward(x)
 
 
 class NotAgain(Sharded):
@@ -140,7 +165,45 @@ class LateSharded(OwnData):
         return loss + torch.sqrt(loss * 0) if RANK == 1 and batch_idx == 2 else loss
 
 
+class Halves(Overfits):
+    """Each rank has its own samples, in batches of its own size: those that rank 1 validates on are harder."""
+
+    def __init__(self, fails=False, talks=True):
+        super().__init__()
+        self.fails, self.talks = fails, talks
+        assessment.LARGE = 12  # the batches of rank 0 make two large ones, those of rank 1 make one
+
+    def train_dataloader(self):
+        x, y = sets()[0].tensors
+        mine = [i for i in range(len(x)) if (i % 8 < 5) == (RANK == 0)]
+        return DataLoader(TensorDataset(x[mine], y[mine]), 5 if RANK == 0 else 3)
+
+    def val_dataloader(self):
+        x, y = sets()[1].tensors
+        mine = slice(0, 120) if RANK == 0 else slice(120, 240)
+        return DataLoader(TensorDataset(x[mine], y[mine].roll(30 * RANK)), 20)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + 0 * self.all_gather(loss.detach()).sum() if self.talks else loss
+
+    def validation_step(self, batch, batch_idx):
+        if self.fails and RANK == 1 and self.current_epoch == self.trainer.max_epochs:
+            raise RuntimeError("no second run on rank 1")
+        loss = self.loss(self(batch[0] + 1e-3 * torch.randn_like(batch[0])), batch[1])
+        self.log("val_loss", loss + 0 * self.all_gather(loss).sum() if self.talks else loss)
+
+
+class Nobody(Callback):
+    """Watches nothing."""
+
+    off, findings = False, ()
+
+
 LATE = ("sample", "statistics", "gradient", "loss", "talks", "loss without gradient")
+
+
+EVERYTHING = {"every_n_steps": 1, "max_overhead": None, "parameters": True, "gradients": True, "effective_rank": True}
 
 
 def demo():
@@ -149,7 +212,7 @@ def demo():
 
 SCENARIOS = {
     "demo": demo,
-    "pooled": lambda: ([ActivationMonitor(every_n_steps=1, max_overhead=None, parameters=True)], Sharded()),
+    "pooled": lambda: ([ActivationMonitor(**EVERYTHING)], Beside()),
     "init": lambda: ([WeightInit(seed=None if RANK else 5)], OwnData()),
     "lsuv": lambda: ([WeightInit("lsuv", seed=5)], Sharded()),
     "nan on rank 1": lambda: ([NaNGuard("raise")], OwnData(plant=True)),
@@ -163,8 +226,20 @@ SCENARIOS = {
     "late validation": lambda: ([NaNGuard("raise")], LateValidation()),
     "precise": lambda: ([PreciseBatchNorm(when="end")], Sharded(norm=True)),
     "precise on rank 0": lambda: ([PreciseBatchNorm(when="end")], NotAgain(norm=True)),
+    "overfits": lambda: ([BatchNormMonitor()], Halves()),
+    "overfits, unwatched": lambda: ([Nobody()], Halves()),
+    "overfits, fails on rank 1": lambda: ([BatchNormMonitor()], Halves(fails=True, talks=False)),
     "breaks on rank 1": lambda: ([BreaksOnRankOne(every_n_steps=1), BatchNormMonitor()], OwnData()),
 }
+
+
+def digest_of(trainer: Trainer, model: LightningModule) -> str:
+    """Weights, buffers, gradients, optimizer and random streams in one number."""
+    gradients = {name: x.grad for name, x in model.named_parameters()}
+    optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    buffer = io.BytesIO()
+    torch.save([dict(model.state_dict()), gradients, optimizers, torch.get_rng_state(), random.getstate()], buffer)
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
 def weights_of(model: LightningModule) -> float:
@@ -188,7 +263,7 @@ def main(scenario: str, root: str) -> None:
         devices=2,
         strategy=strategy_of(scenario),
         use_distributed_sampler=scenario == "demo",
-        max_epochs=2,
+        max_epochs=13 if "overfits" in scenario else 2,
         log_every_n_steps=2,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -203,6 +278,7 @@ def main(scenario: str, root: str) -> None:
         error = str(raised)
     monitor = callbacks[0]
     rows = {name: vars(row) for name, row in getattr(monitor, "statistics", {}).items()}
+    slopes = {name: vars(row) for name, row in (getattr(monitor, "gradients", None) or {}).items()}
     report = {
         "rank": RANK,
         "steps": trainer.global_step,
@@ -213,7 +289,11 @@ def main(scenario: str, root: str) -> None:
         "finite": all(math.isfinite(float(x.double().sum())) for x in model.buffers())
         and math.isfinite(weights_of(model)),
         "rows": rows,
+        "slopes": slopes,
+        "ranks": getattr(monitor, "ranks", {}),
         "statistics": {name: x.tolist() for name, x in model.named_buffers() if "running" in name},
+        "losses": repr(getattr(monitor, "losses", None)),
+        "digest": digest_of(trainer, model) if "overfits" in scenario else "",
         "windows": monitor.state_dict().get("windows", {}).get("state", torch.zeros(0)).tolist(),
     }
     Path(root, f"rank{RANK}.json").write_text(json.dumps(report))

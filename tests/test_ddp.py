@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import seed_everything
-from specimens import Healthy, loader, network
+from specimens import FEATURES, Healthy, loader, network
 from test_precise import by_loop
+from torch import nn
 
 from lightning_bn import ActivationMonitor, read_findings
 
@@ -42,8 +44,9 @@ def test_both_ranks_run_the_demo_with_all_callbacks_and_write_one_report(tmp_pat
     assert ranks[0]["steps"] == ranks[1]["steps"] == 18
     assert ranks[0]["weights"] == ranks[1]["weights"]
     assert not any(ranks[0]["off"] + ranks[1]["off"])
-    assert (ranks[0]["findings"], ranks[1]["findings"]) == (["affine-drift"], [])
-    assert [finding.rule for finding in read_findings(tmp_path / "run" / "version_0")] == ["affine-drift"]
+    said = ["affine-drift", "wrong-running-statistics", "no-overfitting"]  # after 18 steps the average still lags
+    assert (ranks[0]["findings"], ranks[1]["findings"]) == (said, [])
+    assert [finding.rule for finding in read_findings(tmp_path / "run" / "version_0")] == said
 
 
 def test_statistics_are_those_of_the_joined_batch(tmp_path, make_trainer):
@@ -52,12 +55,38 @@ def test_statistics_are_those_of_the_joined_batch(tmp_path, make_trainer):
     seed_everything(1)
     alone = ActivationMonitor(every_n_steps=1, max_overhead=None)
     make_trainer(alone, max_epochs=2, num_sanity_val_steps=0).fit(Healthy(network(norm=False), lr=0.0), loader())
+    spoilt = [rank["rows"].pop("side") for rank in ranks]
+    assert [(row["count"], row["nonfinite"]) for row in spoilt] == [(8 * FEATURES, 2)] * 2
     assert set(ranks[0]["rows"]) == set(alone.statistics)
     for name, row in ranks[0]["rows"].items():
         assert row == pytest.approx(vars(alone.statistics[name]), rel=1e-6, abs=1e-7), name
     assert ranks[1]["rows"] == ranks[0]["rows"]
+    assert set(ranks[0]["ranks"]) == set(alone.statistics)
+    assert ranks[0]["ranks"] != ranks[1]["ranks"]  # each of its own samples
     assert ranks[1]["windows"] == ranks[0]["windows"] == alone.state_dict()["windows"]["state"].tolist()
     assert sum(ranks[0]["windows"]) > 0
+
+
+def test_gradients_of_all_ranks_are_pooled(tmp_path):
+    """Every rank counts with the gradients of its own loss, whatever the size of its part of the batch."""
+    ranks = run("pooled", tmp_path)
+    seed_everything(1)
+    net, (x, y) = network(norm=False), [*loader()][-1]
+    outputs = []
+    for part in (slice(0, 5), slice(5, 8)):
+        through = [x[part]]
+        for layer in net:
+            through.append(layer(through[-1]))
+            through[-1].retain_grad()
+        nn.functional.cross_entropy(through[-1], y[part]).backward()
+        outputs.append([out.grad.double() for out in through[1:]])
+    assert set(ranks[0]["slopes"]) == {f"net.{place}" for place in range(len(net))}
+    for place, parts in enumerate(zip(*outputs, strict=True)):
+        row, values = ranks[0]["slopes"][f"net.{place}"], torch.cat(parts)
+        assert (row["count"], row["nonfinite"]) == (values.numel(), 0)
+        assert row["std"] == pytest.approx(values.std(correction=0).item(), rel=1e-5)
+        assert (row["low"], row["high"]) == pytest.approx((values.min().item(), values.max().item()), rel=1e-5)
+    assert ranks[1]["slopes"] == ranks[0]["slopes"]
 
 
 def test_precise_statistics_are_those_of_the_joined_batches_or_of_none(tmp_path):
@@ -75,6 +104,30 @@ def test_precise_statistics_are_those_of_the_joined_batches_or_of_none(tmp_path)
     assert alone[0]["statistics"] != ranks[0]["statistics"]
     assert (alone[0]["findings"], alone[1]["findings"]) == (["not-re-estimated"], [])
     assert not any(alone[0]["off"] + alone[1]["off"])
+
+
+def test_the_verdict_on_overfitting_is_one_of_all_ranks_and_leaves_no_trace(tmp_path):
+    """Unequal batches and steps that talk to other ranks: equal losses, one finding, and training is bit-identical."""
+    ranks = run("overfits", tmp_path / "watched")
+    assert ranks[0]["losses"] == ranks[1]["losses"] != "None"
+    assert "last=[" in ranks[0]["losses"]
+    assert [rule for rule in ranks[0]["findings"] if "overfitting" in rule or rule == "not-assessed"] == [
+        "overfitting-elsewhere"
+    ]
+    assert ranks[1]["findings"] == []
+    plain = run("overfits, unwatched", tmp_path / "plain")
+    assert [rank["digest"] for rank in ranks] == [rank["digest"] for rank in plain]
+
+
+def test_an_assessment_that_fails_on_one_rank_ends_on_all_without_a_verdict(tmp_path):
+    """Nobody waits, the note gives the error, and the run ends well on both."""
+    ranks = run("overfits, fails on rank 1", tmp_path)
+    assert ranks[0]["losses"] == ranks[1]["losses"] == "None"
+    assert not any(ranks[0]["off"] + ranks[1]["off"])
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[1]["findings"] == []
+    (finding,) = (entry for entry in read_findings(tmp_path / "run" / "version_0") if entry.rule == "not-assessed")
+    assert "validation_step failed when it was run again: RuntimeError: no second run on rank 1" in finding.evidence
 
 
 def test_ranks_start_from_the_weights_of_the_first_rank(tmp_path):

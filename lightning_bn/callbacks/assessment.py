@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import nn
@@ -18,7 +18,7 @@ from lightning_bn.callbacks.best_weights import Weights
 from lightning_bn.callbacks.joining import joined, parted
 from lightning_bn.callbacks.rehearsal import apart
 from lightning_bn.callbacks.training_batches import Kept, measure_steps, trained_layers
-from lightning_bn.callbacks.validation_losses import validation_losses
+from lightning_bn.callbacks.validation_losses import as_if, validation_losses
 from lightning_bn.precise import Estimate, conclude
 from lightning_bn.rules.verdict import RISE, SURE
 from lightning_bn.stats.attribution import FEWEST, Losses
@@ -27,11 +27,12 @@ from lightning_bn.stats.population import Population, pooled
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-LARGE = 256
-"""Samples in a batch that statistics are estimated from where batches can be joined."""
+LARGE, LARGE_BYTES = 256, 64e6
+"""Samples in a batch that statistics are estimated from where batches can be joined, and what its tensors take at most:
+what the network makes of them takes a hundred times as much."""
 MANY, LEAST = 32, 4
-"""Batches that validation batches are cut into, where there are fewer, so that the spread over them is known; and samples
-that each part has at least."""
+"""Batches that validation batches are cut into, where there are fewer, so that the spread over them is known; and
+samples that each part has at least."""
 FEWEST_SAMPLES = 100
 """Validation samples below which nothing is said."""
 OFF = 0.05
@@ -45,6 +46,10 @@ class NotAssessedError(Exception):
     """There is no verdict, for the reason that the message gives."""
 
 
+class TooFewError(NotAssessedError):
+    """There are too few validation batches, or samples in them."""
+
+
 @dataclass(frozen=True)
 class Material:
     """What an assessment is made from; the batches differ from process to process, all else does not.
@@ -52,20 +57,41 @@ class Material:
     Args:
         watch: name of the validation loss.
         best_value: that loss, as it was logged at the best validation.
-        best: weights of that validation; None where the present ones are the best.
+        last_value: as it was logged at the last one; None where weights or statistics have changed since then.
+        best: weights of that validation.
+        is_best: whether they are those of now.
+        validations: how many there were.
         training: kept training batches.
         validation: kept validation batches, each with the number of its loader.
-        complete: whether these are all of the validation set.
+        complete: whether these are all of the validation set of this process.
         modes: each module's mode in training.
     """
 
     watch: str
     best_value: float
-    best: Weights | None
+    last_value: float | None
+    best: Weights
+    is_best: bool
+    validations: int
     training: Sequence[Kept]
     validation: Sequence[tuple[int, Kept]]
     complete: bool
     modes: Mapping[nn.Module, bool]
+
+
+class Setting(NamedTuple):
+    """Which weights of the best validation are put in place of those of now.
+
+    Args:
+        affine: γ and β of BatchNorm layers.
+        others: all others, and the buffers.
+    """
+
+    affine: bool
+    others: bool
+
+
+NOW, BEST, FIRST, LAST = Setting(False, False), Setting(True, True), Setting(False, True), Setting(True, False)
 
 
 class Assessment:
@@ -84,8 +110,13 @@ class Assessment:
         self._trainer, self._module, self._tell = trainer, pl_module, tell
         self._given = material
         self._layers = trained_layers(pl_module, material.modes)
-        self._done, self._total = 0, 3 if material.best is None else 7
+        self._done, self._total = 0, 4 if material.is_best else 7
+        self._training = self._large = material.training
+        self._validation = material.validation
+        self._complete = self._unchanged = False  # on all processes
+        self._chosen: list[int] = []
         self._sizes: list[int] = []
+        self._of_first = 0  # chosen batches of the first process
         self.seconds = 0.0
 
     def run(self) -> Losses:
@@ -95,84 +126,104 @@ class Assessment:
             NotAssessedError: where there can be no verdict.
         """
         began, given = time.perf_counter(), self._given
-        smallest = min((entry.samples for _, entry in given.validation), default=0)
-        numbers = gather_objects(self._trainer, (len(given.training), len(given.validation), smallest))
-        few = [min(counts) for counts in zip(*numbers, strict=True)]  # steps may wait for other processes
-        self._training, whole = given.training[: few[0]], given.validation[: few[1]]
-        if not few[0] or not few[1]:
-            raise NotAssessedError("no batches were kept")
-        parts = min(-(-MANY // (few[1] * self._trainer.world_size)), few[2] // LEAST)
-        self._validation = whole
-        if parts > 1:
-            self._validation = [(loader, part) for loader, entry in whole for part in parted(entry, parts)]
-        try:
-            self._check(given.best)
-        except NotAssessedError:
-            if parts <= 1:
-                raise
-            self._validation, self._sizes, self._done = whole, [], 0  # a loss that is no mean over samples
-            self._check(given.best)
+        self._check_batches()
         losses = self._present()
-        if given.best is not None:
-            losses = self._compare(losses, given.best)
+        if not given.is_best:
+            losses = self._compare(losses)
         self.seconds = time.perf_counter() - began
         if not all(math.isfinite(sum(values)) for values in vars(losses).values() if values is not None):
             raise NotAssessedError(f"{given.watch} is not finite in some setting")
         return losses
 
+    def _check_batches(self) -> None:
+        """Take as many batches on all processes, as steps may wait for each other; cut them where they are few."""
+        given = self._given
+        smallest = min((entry.samples for _, entry in given.validation), default=0)
+        mine = (len(given.training), len(given.validation), smallest, given.complete, given.last_value is not None)
+        training, validation, smallest, self._complete, self._unchanged = (
+            min(values) for values in zip(*gather_objects(self._trainer, mine), strict=True)
+        )
+        if not training or not validation:
+            raise NotAssessedError("no batches were kept")
+        self._training, self._validation = given.training[:training], given.validation[:validation]
+        parts = min(-(-MANY // (validation * self._trainer.world_size)), smallest // LEAST)
+        if parts <= 1:
+            self._check_best()
+            return
+        whole = self._validation
+        try:
+            self._everywhere("cutting of validation batches", lambda: self._cut(parts))
+            self._check_best()
+        except NotAssessedError as reason:
+            self._validation, self._sizes, self._done = whole, [], 0  # a loss that is no mean over samples
+            try:
+                self._check_best()
+            except TooFewError:
+                raise reason from None
+
+    def _check_best(self) -> None:
+        self._check(self._validate(BEST), self._given.best_value, "best")
+
+    def _cut(self, parts: int) -> None:
+        self._validation = [(loader, part) for loader, entry in self._validation for part in parted(entry, parts)]
+
     def _present(self) -> Losses:
         """The weights of now, with the running statistics as they are and with estimated ones."""
-        stored = self._validate(None)
-        as_trained = self._validate(self._estimate(self._training, dropout=True))
-        now = self._validate(self._estimate(self._large(), dropout=False))
-        return Losses(self._sizes, stored, as_trained, now)
+        stored, logged = self._validate(NOW), self._given.last_value
+        if self._unchanged and logged is not None and math.isfinite(logged):
+            self._check(stored, logged, "last")
+        as_trained = self._validate(NOW, self._estimate(NOW, self._training, dropout=True))
+        self._everywhere("joining of training batches", self._join)
+        if len(set(gather_objects(self._trainer, len(self._large)))) > 1:  # steps may wait for each other
+            self._large = self._training
+        try:
+            statistics = self._estimate(NOW, self._large)
+        except NotAssessedError:
+            self._large = self._training  # a step that takes no larger batches, or too little memory
+            statistics = self._estimate(NOW, self._large)
+        return Losses(self._sizes, stored, as_trained, self._validate(NOW, statistics))
 
-    def _compare(self, present: Losses, best: Weights) -> Losses:
+    def _join(self) -> None:
+        self._large = joined(self._training, LARGE, LARGE_BYTES) or self._training
+
+    def _compare(self, present: Losses) -> Losses:
         """Besides, the weights of the best validation, and both mixtures where there is a rise to be shared out."""
-        large, module = self._large(), self._module
-        with best.in_place(module, affine=True, others=True):
-            before = self._validate(self._estimate(large, dropout=False, of=best), of=best)
-        found = Losses(present.sizes, present.stored, present.as_trained, present.now, before)
+        found = replace(present, best=self._validate(BEST, self._estimate(BEST, self._large)))
         if not (found.rise.relative >= RISE and found.rise.z >= SURE):
             self._tell(self._total, self._total)
             return found
-        with best.in_place(module, affine=False, others=True):
-            first = self._validate(self._estimate(large, dropout=False, of=best), of=best)
-        with best.in_place(module, affine=True, others=False):
-            last = self._validate(self._estimate(large, dropout=False))
-        return Losses(found.sizes, found.stored, found.as_trained, found.now, before, first, last)
+        first, last = (self._validate(setting, self._estimate(setting, self._large)) for setting in (FIRST, LAST))
+        return replace(found, first=first, last=last)
 
-    def _check(self, best: Weights | None) -> None:
-        """Whether a validation that is run again gives what was logged."""
-        if best is None:
-            return
-        with best.in_place(self._module, affine=True, others=True):
-            again = self._validate(None, of=best)
-        sizes, logged = np.asarray(self._sizes, float), self._given.best_value
-        losses = np.asarray(again)
-        mean = float((losses * sizes).sum() / sizes.sum())
-        error = float(losses.std() / math.sqrt(len(losses)))
+    def _check(self, losses: Sequence[float], logged: float, when: str) -> None:
+        """Whether a validation that is run again gives what was logged: by the first process, or by all together."""
+        watch, mean = self._given.watch, float(np.average(losses, weights=self._sizes))
         if not math.isfinite(mean):
-            raise NotAssessedError(f"{self._given.watch} is not finite in a validation that is run again ({mean})")
-        if min(abs(mean - logged), abs(float(losses.mean()) - logged)) > OFF * abs(logged) + (
-            0 if self._given.complete else 4 * error
-        ):
-            raise NotAssessedError(
-                f"{self._given.watch} was logged as {logged:.4g} at the best validation, and is {mean:.4g} when that "
-                "is run again with the same weights: something else decides on it, such as averaged weights"
-            )
+            raise NotAssessedError(f"{watch} is not finite in a validation that is run again ({mean})")
+        for count in {len(losses), self._of_first} - {0}:
+            x, weights = np.asarray(losses[:count]), self._sizes[:count]
+            near = OFF * abs(logged) + (0 if self._complete else 4 * x.std() / math.sqrt(count))
+            if min(abs(np.average(x, weights=weights) - logged), abs(x.mean() - logged)) <= near:
+                return
+        raise NotAssessedError(
+            f"{watch} was logged as {logged:.4g} at the {when} validation, and is {mean:.4g} when that is run again "
+            "with the same weights: something else decides on it, such as averaged weights"
+        )
 
-    def _large(self) -> Sequence[Kept]:
-        """Training batches that are joined to large ones, where they can be."""
-        return joined(self._training, LARGE) or self._training
+    @contextmanager
+    def _set(self, setting: Setting) -> Iterator[None]:
+        """Let the model be in a setting, in a quarantine."""
+        best, module = self._given.best, self._module
+        with apart(self._trainer, module), best.in_place(module, affine=setting.affine, others=setting.others):
+            if setting.others:
+                best.write_buffers(module)
+            yield
 
-    def _estimate(self, batches: Sequence[Kept], *, dropout: bool, of: Weights | None = None) -> Estimate:
-        """Statistics of the weights that are in place, over the batches of all processes."""
+    def _estimate(self, setting: Setting, batches: Sequence[Kept], *, dropout: bool = False) -> Estimate:
+        """Statistics of the weights of a setting, over the batches of all processes."""
 
         def measure() -> tuple[dict[str, Population], int]:
-            with apart(self._trainer, self._module):
-                if of is not None:
-                    of.write_buffers(self._module)
+            with self._set(setting), as_if(self._trainer, "training"):
                 given = (self._trainer, self._module, batches, self._given.modes, self._layers)
                 sums = measure_steps(*given, dropout=dropout)
             return {name: entry.cpu() for name, entry in sums.items()}, sum(entry.samples for entry in batches)
@@ -186,29 +237,28 @@ class Assessment:
             raise NotAssessedError(f"statistics of the BatchNorm layers could not be estimated: {reason}")
         return found
 
-    def _validate(self, statistics: Estimate | None, of: Weights | None = None) -> list[float]:
-        """Losses of the weights that are in place on the validation batches of all processes."""
+    def _validate(self, setting: Setting, statistics: Estimate | None = None) -> list[float]:
+        """Losses of a setting on the validation batches of all processes; None: with its own statistics."""
+        several = len({loader for loader, _ in self._given.validation}) > 1
 
         def losses() -> tuple[list[float], list[int]]:
-            with apart(self._trainer, self._module):
-                if of is not None:
-                    of.write_buffers(self._module)
-                with nullcontext() if statistics is None else statistics.applied(self._module):
-                    given = (self._trainer, self._module, self._validation, self._given.watch)
-                    return validation_losses(*given), [entry.samples for _, entry in self._validation]
+            with self._set(setting), nullcontext() if statistics is None else statistics.applied(self._module):
+                given = (self._trainer, self._module, self._validation, self._given.watch)
+                return validation_losses(*given, several=several)
 
         ranks = self._everywhere("validation_step", losses)
         self._done += 1
         self._tell(self._done, self._total)
-        values = [value for values, _ in ranks for value in values]
-        sizes = [size for _, sizes in ranks for size in sizes]
-        return self._watched(values, sizes)
+        return self._watched(ranks)
 
-    def _watched(self, values: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    def _watched(self, ranks: Sequence[tuple[list[float], list[int]]]) -> list[float]:
         """Leave out the batches that give no loss, as those of another loader; the same ones every time."""
+        values = [value for losses, _ in ranks for value in losses]
         if not self._sizes:
+            sizes = [size for _, given in ranks for size in given]
             self._chosen = [place for place, value in enumerate(values) if not math.isnan(value)]
             self._sizes = [sizes[place] for place in self._chosen]
+            self._of_first = sum(place < len(ranks[0][0]) for place in self._chosen)
             self._refuse()
         return [values[place] for place in self._chosen]
 
@@ -218,7 +268,7 @@ class Assessment:
             raise NotAssessedError(f"validation_step neither logs {watch!r} nor returns a loss, or it is NaN")
         if len(self._sizes) < FEWEST or sum(self._sizes) < FEWEST_SAMPLES:
             have = f"{sum(self._sizes)} validation samples in {len(self._sizes)} batches"
-            raise NotAssessedError(f"{have} are too few; {FEWEST_SAMPLES} in {FEWEST} are the least")
+            raise TooFewError(f"{have} are too few; {FEWEST_SAMPLES} in {FEWEST} are the least")
 
     def _everywhere(self, what: str, run: Callable[[], T]) -> list[T]:
         """What all processes find; where one fails all stop."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.callbacks.assessment import Material
-from lightning_bn.callbacks.best_weights import Weights
+from lightning_bn.callbacks.best_weights import Weights, fingerprint, is_same
 from lightning_bn.callbacks.training_batches import TrainingBatches
+from lightning_bn.rules.affine_drift import Watched
 
 GIGABYTE = 1e9
 
@@ -32,12 +33,16 @@ class Evidence:
         self._offered = 0
         self._modes: dict[nn.Module, bool] = {}
         self._complete = False  # a whole validation has passed by
+        self._trained = False  # since the last validation
+        self._marks = (torch.zeros(0), torch.zeros(0))  # fingerprints of weights and buffers at the last validation
         self._loss: Tensor | None = None
         self._steps = 0
         self.best: Weights | None = None
         """Weights of the best validation."""
         self.since_best = 0
         """Validations since then."""
+        self.validations = 0
+        """Validations of the whole fit."""
         self.train_best = self.train_last = float("nan")
         """Mean training loss in front of the best validation, and in front of the last one."""
 
@@ -47,6 +52,7 @@ class Evidence:
 
     def train_batch(self, model: nn.Module, batch: Any, number: int) -> None:
         """Keep a training batch or not; raises TypeError where it cannot be copied."""
+        self._trained = True
         if self._training.offer(batch, number):
             self._modes = {module: module.training for module in model.modules()}
 
@@ -77,17 +83,25 @@ class Evidence:
         if self._loss is not None:
             self.train_last = float(self._loss) / self._steps
         self._loss, self._steps = None, 0
+        self._trained, self._marks = False, _marks(model)
         self.since_best += 1
+        self.validations += 1
         if is_best:
             self.best, self.since_best, self.train_best = Weights.of(model), 0, self.train_last
 
-    def material(self, model: nn.Module, watch: str, best_value: float) -> Material | str:
+    @property
+    def train_now(self) -> float:
+        """Mean training loss to compare with that in front of the best validation; reads the host."""
+        if self._loss is None or self.since_best:
+            return self.train_last
+        return float(self._loss) / self._steps  # no other validation came after the best one
+
+    def material(self, model: nn.Module, watched: Watched) -> Material | str:
         """What to assess with; in words why not, where something is missing.
 
         Args:
             model: the network.
-            watch: name of the validation loss.
-            best_value: its smallest value.
+            watched: the validation loss.
         """
         if not self._complete:
             return "no validation has run"
@@ -95,18 +109,38 @@ class Evidence:
             return "no training batch was kept since this run began"
         if self.best is None or not self.best.fits(model):
             return "the parameters are not those of the best validation, or not whole on this process"
+        weights, buffers = map(is_same, self._marks, _marks(model))
+        if not self._trained and not weights:
+            return (
+                "the weights are not those that were validated last, though no step came in between: others were put "
+                "in their place, such as averaged ones"
+            )
         kept = [(loader, entry) for loader, batches in self._validation.items() for entry in batches.kept]
-        best = self.best if self.since_best else None
-        complete = len(kept) == self._offered
-        return Material(watch, best_value, best, tuple(self._training.kept), tuple(kept), complete, self._modes)
+        return Material(
+            watch=watched.name,
+            best_value=watched.best,
+            last_value=None if self._trained or not buffers else watched.last,
+            best=self.best,
+            is_best=not self.since_best and not self._trained,
+            validations=self.validations,
+            training=tuple(self._training.kept),
+            validation=tuple(kept),
+            complete=len(kept) == self._offered,
+            modes=self._modes,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and CPU tensors; batches are kept anew."""
         weights = self.best.state_dict() if self.best is not None else None
-        return {"best": weights, "since_best": self.since_best, "train": [self.train_best, self.train_last]}
+        counts = {"since_best": self.since_best, "validations": self.validations}
+        return {"best": weights, **counts, "train": [self.train_best, self.train_last]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self.best = Weights.from_state(state["best"]) if state["best"] else None
-        self.since_best = state["since_best"]
+        self.since_best, self.validations = state["since_best"], state["validations"]
         self.train_best, self.train_last = state["train"]
+
+
+def _marks(model: nn.Module) -> tuple[Tensor, Tensor]:
+    return fingerprint(model.parameters()), fingerprint(model.buffers())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
@@ -14,12 +15,13 @@ from torch import Tensor
 from lightning_bn.callbacks.training_batches import Kept
 
 
-def joined(batches: Sequence[Kept], samples: int) -> list[Kept] | None:
+def joined(batches: Sequence[Kept], samples: int, max_bytes: float = math.inf) -> list[Kept] | None:
     """Join batches along the axis of samples until each has at least so many.
 
     Args:
         batches: what is kept, in the order in which it is to be joined.
         samples: wanted samples; the last batch, which may have fewer, is joined to the one before.
+        max_bytes: no batch that is joined takes more than this, be it smaller than wanted.
 
     Returns:
         The large batches; the same ones where they are large enough; None where they cannot be joined, because some
@@ -27,15 +29,24 @@ def joined(batches: Sequence[Kept], samples: int) -> list[Kept] | None:
     """
     groups: list[list[Kept]] = [[]]
     for entry in batches:
-        if sum(member.samples for member in groups[-1]) >= samples:
+        if groups[-1] and (_samples(groups[-1]) >= samples or _bytes([*groups[-1], entry]) > max_bytes):
             groups.append([])
         groups[-1].append(entry)
-    if len(groups) > 1 and sum(member.samples for member in groups[-1]) < samples:
-        groups[-2:] = [groups[-2] + groups[-1]]
+    rest = [*groups[-2], *groups[-1]] if len(groups) > 1 and _samples(groups[-1]) < samples else []
+    if rest and _bytes(rest) <= max_bytes:
+        groups[-2:] = [rest]
     try:
         return [_join(group) for group in groups if group]
-    except _CannotJoinError:
+    except Exception:  # noqa: BLE001  (containers of the user's own, which may not be made from their parts)
         return None
+
+
+def _samples(group: Sequence[Kept]) -> int:
+    return sum(member.samples for member in group)
+
+
+def _bytes(group: Sequence[Kept]) -> int:
+    return sum(member.nbytes for member in group)
 
 
 def parted(entry: Kept, parts: int) -> list[Kept]:
@@ -63,8 +74,7 @@ def _join(group: Sequence[Kept]) -> Kept:
     if len(group) == 1:
         return group[0]
     batch = _together([entry.batch for entry in group], [entry.samples for entry in group])
-    samples, nbytes = (sum(values) for values in zip(*((entry.samples, entry.nbytes) for entry in group), strict=True))
-    return replace(group[0], batch=batch, samples=samples, nbytes=nbytes)
+    return replace(group[0], batch=batch, samples=_samples(group), nbytes=_bytes(group))
 
 
 def _together(parts: Sequence[Any], sizes: Sequence[int]) -> Any:

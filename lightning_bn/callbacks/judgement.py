@@ -125,7 +125,7 @@ def _material(
     elif watched.best <= 0:
         found = f"a relative rise has no meaning where the loss is not above 0 ({watched.name} was {watched.best:.4g})"
     else:
-        found = evidence.material(pl_module, watched.name, watched.best)
+        found = evidence.material(pl_module, watched)
     for reason in gather_objects(trainer, found if isinstance(found, str) else ""):
         if reason:
             raise NotAssessedError(reason)
@@ -136,7 +136,7 @@ def _material(
 
 def _train_loss_fell(trainer: Trainer, evidence: Evidence | None) -> bool | None:
     """Whether the training loss is lower than in front of the best validation; None where it is not known."""
-    pairs = gather_objects(trainer, (evidence.train_best, evidence.train_last) if evidence is not None else None)
+    pairs = gather_objects(trainer, (evidence.train_best, evidence.train_now) if evidence is not None else None)
     best, last = (mean(values) for values in zip(*(pair for pair in pairs if pair), strict=True))
     return None if math.isnan(best + last) else last < best
 
@@ -145,6 +145,9 @@ def _judge(pl_module: LightningModule, material: Material, case: Case, since: in
     """What the rules say, running statistics first."""
     layers = find_batchnorm(pl_module)
     yield wrong_running_statistics(case, {name: layer.momentum for name, layer in layers.items()})
+    if material.is_best and material.validations == 1:
+        yield not_assessed("there was one validation, and nothing to compare it with")
+        return
     if case.overfits and since < PATIENCE:
         yield not_assessed(f"{case.words()}, and only {since} validations came after the best one")
         return

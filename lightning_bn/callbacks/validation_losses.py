@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,28 +30,33 @@ class Capture:
         self._watch, self._several = watch, several
         self._loader = 0
         self._value: Any = None
+        self.size: int | None = None
+        """Samples of the batch, as the step itself said to ``log``; None where it did not."""
 
     def begin(self, loader: int) -> None:
         """Another batch comes, of this loader."""
-        self._loader, self._value = loader, None
+        self._loader, self._value, self.size = loader, None, None
 
     def log(self, name: str, value: Any, *_: Any, **options: Any) -> None:
         """What ``self.log`` does."""
-        suffixed = self._several and options.get("add_dataloader_idx", True)
-        if self._watch == (f"{name}/dataloader_idx_{self._loader}" if suffixed else name):
-            self._value = value
+        suffix = f"/dataloader_idx_{self._loader}" if self._several and options.get("add_dataloader_idx", True) else ""
+        forked = options.get("on_step") and options.get("on_epoch", True)  # Lightning then knows it by two names
+        if self._watch in {f"{name}{suffix}", f"{name}_epoch{suffix}" if forked else ""}:
+            self._value, self.size = value, options.get("batch_size")
 
-    def log_dict(self, values: Mapping[str, Any], *_: Any, **options: Any) -> None:
+    def log_dict(self, dictionary: Mapping[str, Any], *_: Any, **options: Any) -> None:
         """What ``self.log_dict`` does."""
-        for name, value in values.items():
+        for name, value in dictionary.items():
             self.log(name, value, **options)
 
     def loss(self, returned: Any) -> Tensor | float | None:
         """The loss of the batch: what was logged under the name; else what the step returned; None without either."""
         value = self._value
-        if value is None and self._loader_is_watched:
-            named = isinstance(returned, Mapping)
-            value = returned.get(self._watch, returned.get("loss")) if named else returned
+        named = isinstance(returned, Mapping)
+        if value is None and named and self._watch in returned:
+            value = returned[self._watch]
+        elif value is None and self._loader_is_watched:
+            value = returned.get("loss") if named else returned
         if hasattr(value, "sync_on_compute"):  # a torchmetrics Metric, which was reset before this batch
             value.sync_on_compute = False
             value = value.compute()
@@ -65,8 +71,8 @@ class Capture:
 
 
 def validation_losses(
-    trainer: Trainer, pl_module: LightningModule, batches: Sequence[tuple[int, Kept]], watch: str
-) -> list[float]:
+    trainer: Trainer, pl_module: LightningModule, batches: Sequence[tuple[int, Kept]], watch: str, *, several: bool
+) -> tuple[list[float], list[int]]:
     """Run ``validation_step`` on kept batches without a trace, without gradients and in eval mode.
 
     Metrics of torchmetrics begin anew with each batch, and do not talk to other processes.
@@ -76,14 +82,17 @@ def validation_losses(
         pl_module: its model.
         batches: number of its loader and batch.
         watch: name under which the loss is logged.
+        several: whether there are several validation loaders.
 
     Returns:
-        The loss of each batch; NaN where none was given.
+        The loss of each batch, NaN where none was given; and its samples: where the batch does not show how many there
+        are, as the step tells ``log``.
     """
     step = pl_module.validation_step
-    capture = Capture(watch, several=len({loader for loader, _ in batches}) > 1)
+    capture = Capture(watch, several=several)
     found: list[Tensor | float | None] = []
-    with apart(trainer, pl_module), torch.no_grad():
+    sizes: list[int] = []
+    with apart(trainer, pl_module), as_if(trainer, "validating"), torch.no_grad():
         pl_module.eval()
         for module in pl_module.modules():
             if hasattr(type(module), "log") and hasattr(type(module), "log_dict"):
@@ -96,7 +105,24 @@ def validation_losses(
             args, kwargs = arguments(step, entry.again(), entry.number, loader)
             with trainer.precision_plugin.val_step_context():
                 found.append(capture.loss(step(*args, **kwargs)))
-    return list(_numbers(found))
+            sizes.append(int(capture.size or 1) if entry.samples == 1 else entry.samples)
+    return list(_numbers(found)), sizes
+
+
+@contextmanager
+def as_if(trainer: Trainer, stage: Literal["training", "validating"]) -> Iterator[None]:
+    """Let a trainer say that it trains or validates: a step may ask, and do the one or the other.
+
+    Args:
+        trainer: the trainer, in a fit.
+        stage: what it is to say.
+    """
+    before = trainer.state.stage
+    setattr(trainer, stage, True)
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
 
 
 def _numbers(values: Sequence[Tensor | float | None]) -> Iterator[float]:

@@ -9,7 +9,10 @@ import pytest
 import torch
 from harm import Busy, Manual, assert_identical, everything_after
 from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.plugins.precision import MixedPrecision
 from specimens import Healthy, loader
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard, PreflightAudit, WeightInit
 from lightning_bn.demo import DigitsData, DigitsResNet
@@ -30,9 +33,14 @@ MONITORS = {
     "ActivationMonitor every step": lambda: [ActivationMonitor(every_n_steps=1)],
     "ActivationMonitor interval": lambda: [ActivationMonitor(every_n_steps=3)],
     "ActivationMonitor parameters": lambda: [ActivationMonitor(every_n_steps=2, parameters=True)],
+    "ActivationMonitor gradients and ranks": lambda: [
+        ActivationMonitor(every_n_steps=1, max_overhead=None, gradients=True, effective_rank=True)
+    ],
     "ActivationMonitor globs": lambda: [ActivationMonitor(["net.*", "loss"])],
     "BatchNormMonitor": lambda: [BatchNormMonitor()],
     "BatchNormMonitor interval": lambda: [BatchNormMonitor(every_n_steps=5)],
+    "BatchNormMonitor, few samples": lambda: [BatchNormMonitor(num_samples=8, max_gigabytes=1e-9)],
+    "BatchNormMonitor without a verdict": lambda: [BatchNormMonitor(assess=False)],
     "WeightInit, report only": lambda: [WeightInit("pytorch")],
     "PreflightAudit": lambda: [PreflightAudit()],
     "all, twice": lambda: (
@@ -66,6 +74,67 @@ def test_all_monitors_together_leave_every_kind_of_training_bit_identical(make_t
     """The same under the Trainer's own variations."""
     monitors = [PreflightAudit(), NaNGuard(), ActivationMonitor(every_n_steps=2), BatchNormMonitor()]
     assert_identical(run(make_trainer, Busy, [], **options), run(make_trainer, Busy, monitors, **options))
+
+
+class Block(nn.Module):
+    """Layers with ReLUs in place, BatchNorm, dropout and a sum, to be computed again in backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.act = nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(inplace=True)
+        self.other, self.drop, self.out = nn.Linear(16, 16), nn.Dropout(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.out(self.drop(self.other(self.act(self.norm(self.one(x))))) + x)
+
+
+class Repeats(nn.Module):
+    """A block within a network, under activation checkpointing or not."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+        self.stem, self.act, self.block, self.head = nn.Linear(12, 16), nn.ReLU(inplace=True), Block(), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.act(self.stem(x))
+        return self.head(checkpoint(self.block, x, **self.options) if self.options else self.block(x))
+
+
+class Penalised(Healthy):
+    """Adds a penalty on the gradient with respect to the input, so that backward runs through backward."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return super().training_step(batch, batch_idx) + slope.square().mean()
+
+
+def in_fp16():
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # torch's own, in validation
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        pytest.param(lambda: Healthy(Repeats()), dict, id="ReLU in place"),
+        pytest.param(lambda: Healthy(Repeats(use_reentrant=False)), dict, id="checkpointing"),
+        pytest.param(lambda: Healthy(Repeats(use_reentrant=True)), dict, id="reentrant checkpointing"),
+        pytest.param(lambda: Penalised(Repeats()), dict, id="gradient penalty"),
+        pytest.param(lambda: Healthy(Repeats()), in_fp16, id="gradient scaler"),
+        pytest.param(Busy, lambda: {"accumulate_grad_batches": 3, "precision": "bf16-mixed"}, id="accumulation, bf16"),
+        pytest.param(Manual, dict, id="manual optimisation"),
+    ],
+)
+def test_gradients_that_are_felt_stay_as_they_are(make_trainer, build, options):
+    """Hooks in backward leave every kind of training bit-identical, and have something to tell of each."""
+    monitor = ActivationMonitor(every_n_steps=1, max_overhead=None, gradients=True, effective_rank=True)
+    plain, watched = run(make_trainer, build, [], **options()), run(make_trainer, build, [monitor], **options())
+    assert_identical(plain, watched)
+    assert not monitor.off
+    assert monitor.gradients
 
 
 @pytest.mark.slow
