@@ -142,7 +142,7 @@ def test_gradients_of_all_batchnorm_layers_are_taken_away():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"on_overfitting": "freze"}, "on_overfitting must be"),
+        ({"on_overfitting": "thaw"}, "on_overfitting must be"),
         ({"on_overfitting": "stop", "assess": False}, "assess must be True for on_overfitting='stop', got False"),
     ],
 )
