@@ -114,7 +114,7 @@ class BatchNormMonitor(Monitor):
         """Make ready to collect what a verdict needs; called by Lightning."""
         # Not in setup: SyncBatchNorm conversion would replace the layers.
         self._noise = Noise(pl_module)
-        reason, remedy = cannot_assess(trainer, pl_module)
+        reason, remedy = cannot_assess(trainer, pl_module, self.watch)
         if reason and self.assess and find_batchnorm(pl_module):  # without any, another note says so
             self.emit(not_assessed(reason, remedy))
         if self.assess and not reason:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import mean, median
@@ -40,6 +41,30 @@ if TYPE_CHECKING:
 
     from lightning_bn.stats.attribution import Losses
 
+LARGER_IS_BETTER = frozenset(
+    [
+        "acc",
+        "accuracy",
+        "ap",
+        "auc",
+        "auroc",
+        "bleu",
+        "dice",
+        "f1",
+        "iou",
+        "map",
+        "miou",
+        "precision",
+        "psnr",
+        "r2",
+        "recall",
+        "score",
+        "ssim",
+        "top1",
+        "top5",
+    ]
+)
+"""Words in the names of metrics that rise while a network learns, which would be taken for overfitting."""
 VERDICTS = (affine_driven_overfitting, shared_overfitting, overfitting_elsewhere, no_overfitting)
 
 
@@ -58,13 +83,15 @@ class Outcome:
     words: str
 
 
-def cannot_assess(trainer: Trainer, pl_module: LightningModule) -> tuple[str, str]:
+def cannot_assess(trainer: Trainer, pl_module: LightningModule, watch: str) -> tuple[str, str]:
     """Why a fit cannot be assessed, in words, and what to do; both empty where it can."""
     reason, remedy = cannot_reestimate(trainer, pl_module)
     if reason:
         return reason, remedy
     if not trainer.enable_validation:
         return "there is no validation loop", "give the fit a validation loader, and log its loss"
+    if LARGER_IS_BETTER & set(re.split(r"[^a-z0-9]+", watch.lower())):
+        return f"of watch={watch!r} larger values are better", "set watch to the name of a loss"
     for callback in callbacks_of(trainer):
         if any(base.__name__ == "WeightAveraging" for base in type(callback).__mro__):
             name = type(callback).__name__

@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection
 
 from lightning_bn import BatchNormMonitor
 
-EPOCHS = 13
+EPOCHS = 11
 
 
 def fit(make_trainer, build, data=None, *callbacks, watch="val_loss", **options):
@@ -416,7 +416,7 @@ OPTIONS = {
     "validation by steps": {"val_check_interval": 4, "check_val_every_n_epoch": None},
     "an end in mid-epoch": {"max_epochs": -1, "max_steps": 83},
     "an end between validations": {"max_epochs": 14, "check_val_every_n_epoch": 2, "max_steps": 82},
-    "accumulation": {"accumulate_grad_batches": 2, "max_epochs": 20},
+    "accumulation": {"accumulate_grad_batches": 2, "max_epochs": 16},
     "bf16-mixed": {"precision": "bf16-mixed"},
     "clipping": {"gradient_clip_val": 1.0},
     "no sanity check": {"num_sanity_val_steps": 0},

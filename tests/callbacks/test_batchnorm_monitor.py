@@ -173,6 +173,23 @@ def test_ctrl_c_still_ends_with_the_finding(make_trainer):
     assert [finding.rule for finding in monitor.findings] == ["affine-drift"]
 
 
+@pytest.mark.parametrize(
+    ("watch", "refused"),
+    [("val_acc", True), ("val/f1", True), ("Accuracy", True), ("val_loss", False), ("backmap_loss", False)],
+)
+def test_a_metric_that_rises_while_a_network_learns_is_not_taken_for_a_loss(make_trainer, watch, refused):
+    """Of an accuracy there is no verdict, and the reason names the argument; of a loss there is no such reason."""
+
+    class Logs(Healthy):
+        def validation_step(self, batch, batch_idx):
+            self.log(watch, 0.1 * (1.0 + self.current_epoch))
+
+    monitor = BatchNormMonitor(watch)
+    make_trainer(monitor, max_epochs=2).fit(Logs(), loader(), loader(seed=1))
+    said = [f.evidence for f in monitor.findings if f.rule == "not-assessed"]
+    assert any(f"of watch={watch!r} larger values are better" in words for words in said) is refused
+
+
 @pytest.mark.parametrize("value", ["", None, 3])
 def test_a_wrong_watch_is_refused_with_name_need_and_got(value):
     """The error names the argument, what it needs and what it got."""
