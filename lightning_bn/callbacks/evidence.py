@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from lightning_bn.callbacks.assessment import Material
 from lightning_bn.callbacks.best_weights import Weights, fingerprint, is_same
-from lightning_bn.callbacks.training_batches import TrainingBatches
+from lightning_bn.callbacks.training_batches import GIGABYTE, TrainingBatches
 from lightning_bn.rules.affine_drift import Watched
-
-GIGABYTE = 1e9
 
 
 class Evidence:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lightning_bn.callbacks.arguments import check_choice, check_count, check_flag
+from lightning_bn.callbacks.arguments import check_amount, check_choice, check_count, check_flag
 from lightning_bn.callbacks.base import Monitor, callbacks_of, gather_objects, shielded, step_of
 from lightning_bn.callbacks.training_batches import (
+    GIGABYTE,
     TrainingBatches,
     cannot_reestimate,
     measure_steps,
@@ -25,7 +26,6 @@ from lightning_bn.stats.population import Distance, Population, pooled
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-GIGABYTE = 1e9
 NO_ROOM = "its dtype cannot hold the numbers"
 Measured = tuple[dict[str, Population], int]
 """What one process measured, by layer, on the host, and on how many samples."""
@@ -73,9 +73,7 @@ class PreciseBatchNorm(Monitor):
         self.num_samples = check_count("num_samples", num_samples)
         self.when = check_choice("when", when, ("validation", "end"))
         self.dropout = check_flag("dropout", dropout)
-        if isinstance(max_gigabytes, bool) or not isinstance(max_gigabytes, int | float) or not max_gigabytes > 0:
-            raise ValueError(f"max_gigabytes must be a number above 0, got {max_gigabytes!r}")
-        self.max_gigabytes = float(max_gigabytes)
+        self.max_gigabytes = check_amount("max_gigabytes", max_gigabytes)
         self.distances: dict[str, Distance] = {}
         self._let_go()
 

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
+from lightning_bn.precise import eagerly
 from lightning_bn.quarantine import lazy_tensors, quarantine
 from lightning_bn.replay import copied
 
@@ -54,7 +52,7 @@ def rehearse(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx
 @contextmanager
 def apart(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """A quarantine for a model that belongs to a trainer: loggers are silent, and compiled parts run eagerly."""
-    with quarantine(pl_module), _silent_loggers(trainer), _eagerly():
+    with quarantine(pl_module), _silent_loggers(trainer), eagerly():
         yield
 
 
@@ -135,14 +133,6 @@ def _silent_loggers(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.loggers = loggers
-
-
-def _eagerly() -> AbstractContextManager[Any]:
-    """Let compiled parts run uncompiled; without the compiler's import nothing is compiled."""
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # torch 2.6
-        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return eager
-    return nullcontext()
 
 
 def arguments(

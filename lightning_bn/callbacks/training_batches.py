@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 HOST = torch.device("cpu")
+GIGABYTE = 1e9
 
 
 @dataclass

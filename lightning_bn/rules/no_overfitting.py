@@ -22,7 +22,7 @@ def no_overfitting(case: Case) -> Finding | None:
         return None
     losses = case.losses
     if losses.best is None:
-        reason = f"{case.name} is at its best ({losses.rise.after:.4g})"
+        evidence = f"{case.name} is at its best: {losses.rise.after:.4g} with statistics estimated anew"
     else:
         rise = losses.rise
         reason = (
@@ -32,5 +32,5 @@ def no_overfitting(case: Case) -> Finding | None:
         )
         if case.train_fell is False:
             reason += "; the training loss rose too"
-    evidence = f"{reason}. γ moved by {case.drift:.0%} of its norm: movement alone is not a fault"
+        evidence = f"{reason}. γ moved by {case.drift:.0%} of its norm since then: movement alone is not a fault"
     return Finding(RULE, Severity.INFO, evidence, "", data=case.data())
