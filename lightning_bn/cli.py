@@ -1,147 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lightning-bn``: a LightningCLI for any model and data that ends with a table of the findings, and replays steps."""
+"""``lightning-bn``: recipes, reports and studies; everything else is LightningCLI's."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
+from lightning_bn import catalogue
 
-from lightning_bn.callbacks.base import Monitor, callbacks_of
-from lightning_bn.callbacks.rerun import Rerun
-from lightning_bn.findings import Finding, NonFiniteError
-from lightning_bn.sinks import findings_table
+if TYPE_CHECKING:
+    from rich.table import Table
 
-
-class ReplayingTrainer(Trainer):
-    """A Trainer that can also run again a step that NaNGuard saved."""
-
-    replayed: Sequence[Finding] = ()
-    """What the last replay found."""
-
-    def replay(self, model: LightningModule, file: str, datamodule: LightningDataModule | None = None) -> list[Finding]:
-        """Run a saved step again, forward and backward, and say which operation makes it bad.
-
-        Nothing is trained or logged, and no other callback runs; weights, buffers and random streams are those of the
-        file, model and precision those of the config.
-
-        Args:
-            model: the model that the step was saved from.
-            file: a ``batch_step*.pt`` beside the findings, from NaNGuard with ``save_batch: true``.
-            datamodule: the data; only its ``setup`` is used, where the model needs it.
-
-        Returns:
-            What was found; empty where the step is finite now.
-        """
-        try:
-            rerun = Rerun(file)
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(f"lightning-bn: {error}")
-        self.callbacks, self.loggers = [rerun], []
-        self.limit_train_batches = self.limit_val_batches = self.num_sanity_val_steps = 0
-        self.fit(model, datamodule=datamodule)
-        print_replay(rerun)
-        self.replayed = rerun.found
-        return rerun.found
+LIGHTNING = {
+    "fit": "train a model, and print what the monitors found",
+    "validate": "run the validation loop",
+    "test": "run the test loop",
+    "predict": "run the prediction loop",
+    "replay": "run again a step that NaNGuard saved: lightning-bn replay FILE --config CONFIG",
+}
 
 
-class DiagnosisCLI(LightningCLI):
-    """LightningCLI in subclass mode; after a fit it prints what the monitors found."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Those of LightningCLI, and ``replay``."""
-        return {**LightningCLI.subcommands(), "replay": {"model", "datamodule"}}
-
-    def after_fit(self) -> None:
-        """Print the findings; called by LightningCLI."""
-        print_findings(self.trainer)
-
-    def after_replay(self) -> None:
-        """End with 1 where the step is bad, as a fit does; called by LightningCLI."""
-        if getattr(self.trainer, "replayed", ()):
-            sys.exit(1)
-
-    def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Fit, and print the findings also where a monitor stops the run; called by LightningCLI."""
-        try:
-            self.trainer.fit(model, **kwargs)
-        except NonFiniteError:
-            print_findings(self.trainer)
-            raise
-
-
-@rank_zero_only
-def print_findings(trainer: Trainer) -> None:
-    """Print a table of what all monitors of a trainer found, and how to open TensorBoard.
-
-    Args:
-        trainer: a trainer after its fit.
-    """
-    console = Console()
-    monitors = [callback for callback in callbacks_of(trainer) if isinstance(callback, Monitor)]
-    findings = [finding for monitor in monitors for finding in monitor.findings]
-    if findings:
-        console.print(findings_table(findings))
-    elif monitors:
-        console.print(f"lightning_bn: nothing found by {', '.join(type(monitor).__name__ for monitor in monitors)}.")
-    for logger in trainer.loggers:
-        if logger.save_dir:
-            console.print(f"Pictures: tensorboard --logdir {logger.save_dir}", soft_wrap=True, highlight=False)
-
-
-def print_replay(rerun: Rerun) -> None:
-    """Print what a replay found.
-
-    Args:
-        rerun: the callback that ran it.
-    """
-    console = Console()
-    where = f"step {rerun.packed['step']} of epoch {rerun.packed['epoch']}, batch {rerun.packed['batch_idx']}"
-    if rerun.found:
-        console.print(findings_table(rerun.found))
-    else:
-        console.print(f"lightning_bn: {where} is finite in this replay.")
-
-
-def with_names(args: list[str]) -> list[str]:
-    """Let the file of ``replay`` be given without the ``--file`` that LightningCLI makes of it.
-
-    Example:
-        >>> with_names(["replay", "batch_step3_rank0.pt", "--config", "my.yaml"])
-        ['replay', '--file', 'batch_step3_rank0.pt', '--config', 'my.yaml']
-    """
-    if args[:1] == ["replay"] and len(args) > 1 and not args[1].startswith("-"):
-        return ["replay", "--file", *args[1:]]
-    return args
-
-
-def main(args: list[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
         args: the words after the command; None takes those of the process.
     """
-    if args is None:  # LightningCLI warns where it is given words beside those of the process
-        sys.argv[1:] = with_names(sys.argv[1:])
+    words = sys.argv[1:] if args is None else list(args)
+    parser = command_parser()
+    if words and words[0] not in {"recipes", "report", "study", "-h", "--help"}:
+        from lightning_bn.training_cli import run  # noqa: PLC0415  (imports Lightning, which takes seconds)
+
+        run(None if args is None else words)
+        return
+    options = parser.parse_args(words)
+    if "command" not in options:
+        parser.print_help()
+        return
     try:
-        DiagnosisCLI(
-            LightningModule,
-            LightningDataModule,
-            trainer_class=ReplayingTrainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=1,
-            args=args if args is None else with_names(args),
-        )
-    except NonFiniteError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        status = options.command(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"lightning-bn: {error}")
+    sys.exit(status)
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of the commands; those of LightningCLI stand in its help alone."""
+    parser = argparse.ArgumentParser("lightning-bn", description="Why does my network not train?")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_recipes(commands.add_parser("recipes", help="list, show or copy the recipes that --config lbn://NAME takes"))
+    _add_report(commands.add_parser("report", help="what was found in one run or in several"))
+    _add_study(commands.add_parser("study", help="put a claim about BatchNorm to the test"))
+    for name, text in LIGHTNING.items():
+        commands.add_parser(name, help=text)
+    return parser
+
+
+def _add_recipes(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_list_recipes)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION")
+    actions.add_parser("list", help="name and question of each; the same as no action").set_defaults(
+        command=_list_recipes
+    )
+    show = actions.add_parser("show", help="print a recipe")
+    show.add_argument("name", metavar="NAME", help="one of the list")
+    show.set_defaults(command=_show_recipe)
+    copy = actions.add_parser("copy", help="copy a recipe, to change it")
+    copy.add_argument("name", metavar="NAME", help="one of the list")
+    copy.add_argument("target", metavar="FILE", nargs="?", help="file or folder; NAME.yaml here if not given")
+    copy.add_argument("--force", action="store_true", help="overwrite a file that is there")
+    copy.set_defaults(command=_copy_recipe)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("logdirs", metavar="LOGDIR", nargs="+", help="log directory of a run, or a folder of such")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    levels = ("error", "warning", "info", "never")
+    parser.add_argument("--fail-on", choices=levels, default="never", help="exit with 1 from this severity on")
+    parser.set_defaults(command=_report)
+
+
+def _add_study(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="which study; without a name they are listed")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("studies"), help="folder for the results")
+    parser.add_argument("--seeds", metavar="N", type=int, help="number of seeds; each study has its own")
+    parser.add_argument("--jobs", metavar="N", type=int, help="processes of one thread each (two, if there are cores)")
+    parser.set_defaults(command=_study)
+
+
+def _list_recipes(_: argparse.Namespace) -> None:
+    _print(_two_columns("recipe", {name: catalogue.question(name) for name in catalogue.names()}))
+    _print("Append one to your own config: python your_train.py fit --config your.yaml --config lbn://NAME")
+
+
+def _show_recipe(options: argparse.Namespace) -> None:
+    sys.stdout.write(catalogue.text(options.name))
+
+
+def _copy_recipe(options: argparse.Namespace) -> None:
+    _print(str(catalogue.copy(options.name, options.target, force=options.force)))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lightning_bn.run_report import report  # noqa: PLC0415  (the other commands do not need it)
+
+    return report(options.logdirs, as_json=options.json, fail_on=options.fail_on)
+
+
+def _study(options: argparse.Namespace) -> None:
+    from lightning_bn.studies import STUDIES  # noqa: PLC0415  (imports torch, as the next one does)
+    from lightning_bn.studies.runner import default_jobs, run_study  # noqa: PLC0415
+
+    if options.name is None:
+        _print(_two_columns("study", STUDIES))
+    else:
+        jobs = default_jobs() if options.jobs is None else options.jobs
+        run_study(options.name, options.out, seeds=options.seeds, jobs=jobs)
+
+
+def _two_columns(title: str, texts: dict[str, str]) -> Table:
+    from rich.table import Table  # noqa: PLC0415  (only what is printed needs it)
+
+    table = Table(title, "question", box=None, pad_edge=False)
+    for name, text in texts.items():
+        table.add_row(name, text)
+    return table
+
+
+def _print(content: Table | str) -> None:
+    from rich.console import Console  # noqa: PLC0415  (the same)
+
+    Console().print(content, highlight=False, soft_wrap=isinstance(content, str))
 
 
 if __name__ == "__main__":
