@@ -187,9 +187,9 @@ def test_the_change_line_of_the_nan_recipe_works(tmp_path):
     done = run(
         tmp_path,
         *(HOSTS / "train_lightning.py", "fit", "--config", HOSTS / "base.yaml"),
-        *("--config", RECIPES / "nan.yaml", "--trainer.callbacks.action", "skip"),
+        *("--config", RECIPES / "why_nan.yaml", "--trainer.callbacks.action", "skip"),
     )
-    assert "--trainer.callbacks.action skip" in (RECIPES / "nan.yaml").read_text()
+    assert "--trainer.callbacks.action skip" in (RECIPES / "why_nan.yaml").read_text()
     assert not found(tmp_path)
     assert done.returncode == 0
 

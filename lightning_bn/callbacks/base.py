@@ -7,7 +7,7 @@ import contextlib
 import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 import torch
 
 from lightning_bn.callbacks.arguments import check_rules
+from lightning_bn.callbacks.console import print_above_bar
 from lightning_bn.callbacks.identity import Identity, adopted_state
 from lightning_bn.findings import Finding, NonFiniteError, Severity
+from lightning_bn.rules.attached_twice import attached_twice
 from lightning_bn.rules.monitor_failed import monitor_failed
 from lightning_bn.sinks import FindingsFile, Loggers, console_text, markdown_report, tally
 
@@ -117,6 +119,7 @@ class Monitor(Identity, _Callback):
         if stage in self.stages:
             self.off = False
             self._begin(trainer)
+            self._rest_if_twice(callbacks_of(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report; called by Lightning."""
@@ -202,6 +205,13 @@ class Monitor(Identity, _Callback):
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._live = Live(trainer, FindingsFile(str(log_dir)), now)
 
+    @shielded
+    def _rest_if_twice(self, callbacks: Sequence[Any]) -> None:
+        """Leave the work to a callback that does the same: a recipe may have been given twice."""
+        if self.is_doubled(callbacks):
+            self.emit(attached_twice(type(self).__name__, self.added_by))
+            self.off = True
+
     def _end(self) -> None:
         if self._live is not None:
             self._live.hooks.close()
@@ -283,18 +293,3 @@ def gather_objects(trainer: Trainer, item: Any) -> list[Any]:
     items: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(items, item)
     return items
-
-
-def print_above_bar(trainer: Trainer, text: str) -> None:
-    """Print so that the text survives the TQDM bar, the Rich bar and no bar at all; a closed stream is no error."""
-    bar = trainer.progress_bar_callback
-    console = getattr(bar, "_console", None)  # Rich: a console of its own, which moves the bar down
-    with contextlib.suppress(OSError, ValueError):
-        if console is not None:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-        elif hasattr(bar, "_train_progress_bar"):  # TQDM; its own print drops the text while no bar is shown
-            from tqdm import tqdm  # noqa: PLC0415  (only where Lightning itself uses it)
-
-            tqdm.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr)  # noqa: T201

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +19,9 @@ class Identity:
 
     watches: ClassVar[tuple[str, ...]] = ()
     """Names of the constructor arguments that say what an instance watches."""
+
+    added_by: str | None = None
+    """What attached this instance where the user's code and config did not."""
 
     _place: int | None = None
     _key: str | None = None
@@ -45,6 +50,27 @@ class Identity:
         kin = [entry for entry in callbacks if isinstance(entry, Identity) and entry.stem == self.stem]
         self._key = None
         self._place = next((place for place, entry in enumerate(kin) if entry is self), 0)
+
+    def arguments(self) -> dict[str, Any]:
+        """What the constructor was given, by name; what a subclass does not keep is like nothing else."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name, object()) for name in names}
+
+    def is_doubled(self, callbacks: Sequence[Any]) -> bool:
+        """Whether another callback does the work of this one.
+
+        Args:
+            callbacks: all callbacks of the trainer, this one among them.
+
+        Returns:
+            True where one of this class with the same arguments stands before it, and, for an instance that the user
+            did not attach, where the user attached any of this class.
+        """
+        if self.added_by:
+            return any(isinstance(entry, type(self)) and not entry.added_by for entry in callbacks)
+        before = itertools.takewhile(lambda entry: entry is not self, callbacks)
+        twins = (entry for entry in before if type(entry) is type(self) and not entry.added_by)
+        return any(entry.arguments() == self.arguments() for entry in twins)
 
 
 def adopted_state(mine: Identity, callbacks: Sequence[Any], states: Mapping[str, Any]) -> Any | None:

@@ -93,6 +93,7 @@ class WeightInit(Monitor):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise ValueError(f"seed must be a whole number of at least 0, or None, got {seed!r}")
         self.scheme = self.wishes.scheme
+        vars(self).update(vars(self.wishes))  # each argument under its own name, as in the other callbacks
         self.show = show
         self.seed = seed
         self.report: Report | None = None

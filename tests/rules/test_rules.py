@@ -21,6 +21,7 @@ from lightning_bn.outlook import Prediction
 from lightning_bn.rules.affine_drift import Watched, affine_drift
 from lightning_bn.rules.affine_driven_overfitting import affine_driven_overfitting
 from lightning_bn.rules.affine_outnumbers_samples import affine_outnumbers_samples
+from lightning_bn.rules.attached_twice import attached_twice
 from lightning_bn.rules.batchnorm_in_eval_mode import batchnorm_in_eval_mode
 from lightning_bn.rules.bias_before_batchnorm import bias_before_batchnorm
 from lightning_bn.rules.collapsed_gamma import collapsed_gamma
@@ -39,6 +40,7 @@ from lightning_bn.rules.invalid_operation import invalid_operation
 from lightning_bn.rules.large_initial_loss import large_initial_loss
 from lightning_bn.rules.large_momentum import large_momentum
 from lightning_bn.rules.little_headroom import little_headroom
+from lightning_bn.rules.lost_callbacks import lost_callbacks, replaced_callbacks
 from lightning_bn.rules.mismatched_statistics import mismatched_statistics
 from lightning_bn.rules.monitor_failed import monitor_failed
 from lightning_bn.rules.no_gradient import no_gradient
@@ -219,6 +221,10 @@ EXAMPLES = [
     pytest.param("not-re-estimated", left_as_they_are({"net.1": "it was not called"}), id="kept statistics"),
     pytest.param("not-re-estimated", spoilt("net.1", 2), id="spoilt statistics"),
     pytest.param("not-re-estimated", fewer_samples(64, 8192, 1.0), id="fewer samples"),
+    pytest.param("attached-twice", attached_twice("NaNGuard"), id="twice"),
+    pytest.param("attached-twice", attached_twice("NaNGuard", "LIGHTNING_BN=nan"), id="twice, by the environment"),
+    pytest.param("lost-callbacks", lost_callbacks("lbn://why_nan", ["NaNGuard"]), id="ours lost"),
+    pytest.param("lost-callbacks", replaced_callbacks("my.yaml", "my.yaml is read too early"), id="others lost"),
     pytest.param("not-watched", not_watched("the inside of net", "it is compiled", "fit without"), id="not watched"),
     pytest.param("poisoned-running-statistics", poisoned_running_statistics("n", FINE, NAN, used=True), id="poisoned"),
     pytest.param("unmatched-layers", unmatched_layers("head*", ["had", ""]), id="unmatched"),
