@@ -82,17 +82,12 @@ def _entries(word: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _instance(path: str, init_args: Mapping[str, Any]) -> Monitor:
-    """A callback, its arguments checked and converted as LightningCLI does it."""
-    from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415
-
+    """A callback; its constructor checks the arguments."""
     module, _, name = path.rpartition(".")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(getattr(importlib.import_module(module), name), "callback")
     try:
-        parsed = parser.parse_object({"callback": dict(init_args)})
-    except ArgumentError as error:
+        made: Monitor = getattr(importlib.import_module(module), name)(**init_args)
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    made: Monitor = parser.instantiate_classes(parsed).callback
     return made
 
 
