@@ -8,6 +8,7 @@ import inspect
 import re
 from pathlib import Path
 
+import lightning.pytorch.callbacks
 import pytest
 
 import lightning_bn
@@ -15,7 +16,10 @@ from lightning_bn.callbacks.base import Monitor
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(lightning_bn.__file__).parent
-CALLBACKS = ["ActivationMonitor", "BatchNormMonitor", "NaNGuard", "PreciseBatchNorm", "PreflightAudit", "WeightInit"]
+CALLBACKS = [
+    *("ActivationMonitor", "BatchNormMonitor", "NaNGuard", "PreciseBatchNorm", "PreflightAudit", "SwapBatchNorm"),
+    "WeightInit",
+]
 
 
 def functions(path):
@@ -59,13 +63,19 @@ def test_arguments_are_few_keyword_only_and_never_carried_over(name):
     parameters = list(inspect.signature(getattr(lightning_bn, name)).parameters.values())
     assert len([parameter for parameter in parameters if parameter.name != "ignore"]) <= 8  # which all of them have
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[1:])
-    assert not {parameter.name for parameter in parameters} & {
-        "mode",
-        "monitor",
-        "verbose",
-        "patience",
-        "every_n_epochs",
-    }
+    others = [getattr(lightning.pytorch.callbacks, other) for other in lightning.pytorch.callbacks.__all__]
+    taken = {argument for other in others for argument in inspect.signature(other).parameters}
+    assert {"mode", "monitor", "verbose", "patience", "every_n_epochs"} <= taken
+    assert not {parameter.name for parameter in parameters} & taken
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_every_argument_is_kept_under_its_name(name):
+    """Two instances made alike have equal arguments, from which a recipe that was read twice is known."""
+    callback = getattr(lightning_bn, name)
+    assert list(callback().arguments()) == list(inspect.signature(callback).parameters)
+    assert callback().arguments() == callback().arguments()
+    assert callback().arguments() != callback(ignore=["monitor-failed"]).arguments()
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
@@ -92,6 +102,7 @@ def test_every_hook_is_shielded_or_says_why_not(name):
         "ActivationMonitor": {"setup", "on_train_start", "on_train_batch_start", "on_train_batch_end", "on_exception"},
         "BatchNormMonitor": {"setup", "on_train_start", "on_validation_end", "on_train_end", "on_exception"},
         "PreflightAudit": {"setup", "on_train_batch_start"},
+        "SwapBatchNorm": {"setup", "on_exception"},
         "PreciseBatchNorm": {"on_train_start", "on_validation_epoch_start", "on_train_end", "on_exception"},
     }
     callback = getattr(lightning_bn, name)

@@ -19,7 +19,16 @@ from specimens import Healthy, LogOfNegative, loader, with_module
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard, WeightInit, diagnose, read_findings
+from lightning_bn import (
+    ActivationMonitor,
+    BatchNormMonitor,
+    NaNGuard,
+    PreciseBatchNorm,
+    PreflightAudit,
+    WeightInit,
+    diagnose,
+    read_findings,
+)
 from lightning_bn.callbacks.base import Monitor, print_above_bar, shielded
 
 EVERY = {
@@ -28,6 +37,8 @@ EVERY = {
     "ActivationMonitor": ActivationMonitor,
     "BatchNormMonitor": BatchNormMonitor,
 }
+
+MONITORS = [NaNGuard, ActivationMonitor, BatchNormMonitor, PreciseBatchNorm, PreflightAudit, WeightInit]
 
 
 class Pickles(Healthy):
@@ -199,14 +210,38 @@ def test_state_is_plain_and_survives_the_round_trip(make_trainer, tmp_path, moni
 
 @pytest.mark.parametrize("monitor", [NaNGuard, ActivationMonitor, BatchNormMonitor])
 def test_two_instances_live_side_by_side(make_trainer, tmp_path, monitor):
-    """Equal instances have keys of their own and do not disturb each other."""
-    one, other = monitor(), monitor()
+    """Instances that watch the same have keys of their own and do not disturb each other."""
+    one, other = monitor(), monitor(ignore=["monitor-failed"])
     keeper = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
     make_trainer(one, other, keeper, enable_checkpointing=True).fit(Healthy(), loader(), loader())
     keys = torch.load(keeper.last_model_path, weights_only=True)["callbacks"]
     assert {one.state_key, other.state_key} <= set(keys)
     assert one.state_key != other.state_key
     assert [finding.evidence for finding in one.findings] == [finding.evidence for finding in other.findings]
+
+
+@pytest.mark.parametrize("monitor", MONITORS)
+def test_the_second_of_two_equal_instances_rests_and_says_so(make_trainer, monitor):
+    """One that is there twice, as by a recipe that was read twice, works once, in every fit anew."""
+    one, other = monitor(), monitor()
+    trainer = make_trainer(one, other)
+    for fits in (1, 2):
+        trainer.fit(Healthy(), loader(), loader())
+        assert [finding.rule for finding in other.findings] == ["attached-twice"] * fits
+        assert (one.off, other.off) == (False, True)
+    assert "attached-twice" not in {finding.rule for finding in one.findings}
+
+
+@pytest.mark.parametrize("monitor", MONITORS)
+def test_what_was_added_rests_beside_the_users_own(make_trainer, monitor):
+    """Whatever the order and the arguments; alone it works."""
+    own, added = monitor(ignore=["monitor-failed"]), monitor()
+    added.added_by = "LIGHTNING_BN=all"
+    make_trainer(added, own).fit(Healthy(), loader(), loader())
+    assert (own.off, added.off) == (False, True)
+    assert "LIGHTNING_BN=all" in added.findings[0].evidence
+    make_trainer(added).fit(Healthy(), loader(), loader())
+    assert not added.off
 
 
 def test_a_resumed_run_does_not_repeat_what_was_said(make_trainer, tmp_path):
