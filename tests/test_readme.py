@@ -62,7 +62,7 @@ def test_the_picture_shows_what_the_example_prints():
 def test_the_readme_has_one_command_for_the_demonstration_and_one_for_the_tests():
     """Each is one line that starts from nothing and uses the constraints."""
     assert command("demo").count("\n") == 0
-    assert command("demo").endswith("lightning-bn fit --config recipes/digits.yaml")
+    assert command("demo").endswith("lightning-bn fit --config lbn://digits")
     assert command("test").endswith("pytest -n 2")
     assert all("pip install -c constraints.txt" in command(name) for name in ("demo", "test"))
 
@@ -90,7 +90,7 @@ def test_every_rule_has_a_page(slug):
 
 def test_every_page_is_of_a_rule():
     """No page is left of a rule that is gone."""
-    assert {path.stem for path in (ROOT / "docs" / "rules").glob("*.md")} == set(SLUGS)
+    assert {path.stem for path in (ROOT / "docs" / "rules").glob("*.md")} - {"index"} == set(SLUGS)
 
 
 @pytest.mark.slow
