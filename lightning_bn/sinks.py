@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,15 +86,36 @@ def read_findings(log_dir: str | os.PathLike[str]) -> list[Finding]:
     path = os.fspath(log_dir)
     path = path if path.endswith(".jsonl") else FindingsFile(path).path
     filesystem, place = fsspec.core.url_to_fs(path)
-    if not filesystem.exists(place):
-        return []
-    findings = []
-    for number, line in enumerate(filesystem.cat_file(place).decode(errors="replace").split("\n"), start=1):
-        try:
-            findings.extend([Finding.from_dict(json.loads(line))] if line else [])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            warnings.warn(f"{path}, line {number}: needs one finding as JSON, got {line[:80]!r}", stacklevel=2)
+    notes: list[str] = []
+    findings = [finding for finding, _ in read_rows(filesystem, place, notes.append)]
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return findings
+
+
+def read_rows(filesystem: Any, path: str, note: Print) -> Iterator[tuple[Finding, dict[str, Any]]]:
+    """Each finding of a file, with all that its line says: the time, and the context that it was written with.
+
+    Args:
+        filesystem: an fsspec file system.
+        path: the file on it; one that is not there has no findings.
+        note: takes a sentence for each line that is no finding, and is passed over.
+
+    Yields:
+        The finding and its row, in the order in which they were said.
+    """
+    if not filesystem.exists(path):
+        return
+    for number, line in enumerate(filesystem.cat_file(path).decode(errors="replace").split("\n"), start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            finding = _checked(Finding.from_dict(row))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            note(f"{path}, line {number}: needs one finding as JSON, got {line[:80]!r}")
+        else:
+            yield finding, row
 
 
 class Loggers:
@@ -181,7 +202,7 @@ def findings_table(findings: Iterable[Finding]) -> Table:
     for finding in worst_first(findings):
         *cells, evidence, advice = _texts(finding)
         cells.append(f"{evidence}\n-> {advice}" if advice else evidence)
-        table.add_row(*(Text(cell) for cell in cells), style=_STYLES[finding.severity])
+        table.add_row(*(Text(cell) for cell in cells), style=STYLES[finding.severity])
     return table
 
 
@@ -201,7 +222,17 @@ def worst_first(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: list(Severity).index(finding.severity), reverse=True)
 
 
-_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: ""}
+STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: ""}
+"""How Rich shows each severity."""
+
+
+def _checked(finding: Finding) -> Finding:
+    texts, numbers = (finding.rule, finding.evidence, finding.advice), (finding.step, finding.epoch)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(finding.layer, str | None):
+        raise TypeError("rule, evidence, advice and layer must be text")
+    if not all(isinstance(number, int | None) for number in numbers):
+        raise TypeError("step and epoch must be whole numbers")
+    return finding
 
 
 def _texts(finding: Finding) -> list[str]:
