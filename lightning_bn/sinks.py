@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -176,12 +177,8 @@ def console_text(finding: Finding) -> str:
 
 
 def markdown_report(findings: Sequence[Finding]) -> str:
-    """All findings as a markdown table, worst first."""
-    if not findings:
-        return "No findings."
-    rows = ["| severity | rule | layer | epoch | step | evidence | advice |", "|---|---|---|---|---|---|---|"]
-    rows.extend("| " + " | ".join(map(_cell, _texts(finding))) + " |" for finding in worst_first(findings))
-    return "\n".join(rows)
+    """All findings as a markdown list, worst first; a table's narrow columns would be cut up letter by letter."""
+    return "\n".join(map(_item, worst_first(findings))) or "No findings."
 
 
 def findings_table(findings: Iterable[Finding]) -> Table:
@@ -193,10 +190,10 @@ def findings_table(findings: Iterable[Finding]) -> Table:
     for name, options in (
         ("severity", {"no_wrap": True}),
         ("rule", {"no_wrap": True}),
-        ("layer", {}),
+        ("layer", {"overflow": "fold"}),
         ("epoch", {"justify": "right"}),
         ("step", {"justify": "right"}),
-        ("what was seen, and what to do", {"ratio": 1}),
+        ("what was seen, and what to do", {"ratio": 1, "overflow": "fold"}),
     ):
         table.add_column(name, **options)
     for finding in worst_first(findings):
@@ -247,8 +244,15 @@ def _texts(finding: Finding) -> list[str]:
     ]
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _item(finding: Finding) -> str:
+    text = console_text(finding).removeprefix("lightning_bn ").replace("  -> ", "→ ")
+    head, *lines = (_escaped(line.strip()) for line in text.split("\n"))
+    return "\n".join([f"- **{head}**", *(f"    - {line}" for line in lines)])
+
+
+def _escaped(text: str) -> str:
+    """Text that markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]])", r"\\\1", text).replace("<", "&lt;")
 
 
 def _writes_to_tensorboard(logger: Any) -> bool:

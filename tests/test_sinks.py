@@ -7,9 +7,13 @@ import csv
 import io
 import json
 import math
+import re
+from dataclasses import replace
 from datetime import datetime
+from html import unescape
 from pathlib import Path
 
+import markdown
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
@@ -149,18 +153,19 @@ def test_the_console_shows_severity_rule_place_evidence_and_advice(finding, text
     assert console_text(finding) == text
 
 
-def test_the_report_has_one_row_for_each_finding_worst_first():
-    """Head and rule, then errors, warnings and notes."""
+def test_the_report_has_one_item_for_each_finding_worst_first():
+    """Errors, then warnings and notes: what and where in bold, below it what was seen and what to do."""
     lines = markdown_report(ALL).split("\n")
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| error", "| warning", "| info"]
-    assert lines[2] == "| error | non-finite-loss |  | 2 | 7 | the loss is NaN | look |"
+    assert [line.split(":")[0] for line in lines if line.startswith("- ")] == ["- **error", "- **warning", "- **info"]
+    assert lines[:3] == ["- **error: non-finite-loss (epoch 2, step 7)**", "    - the loss is NaN", "    - → look"]
 
 
-def test_the_report_escapes_what_would_break_the_table():
-    """A pipe is escaped and a line break becomes a space, so that every row has seven cells."""
-    row = markdown_report([WARNING]).split("\n")[2]
-    assert r"got 'a\|b', no match" in row
-    assert row.replace(r"\|", "").count("|") == 8
+def test_the_report_shows_every_letter():
+    """What markdown would take for a sign of its own is escaped, so that its text reads as the finding does."""
+    finding = replace(WARNING, layer="net_a_b", evidence="a*b*c of `x` <b> [1] and a|b", advice="")
+    html = markdown.markdown(markdown_report([finding]))
+    text = unescape(re.sub(r"</?(?:ul|li|strong|p)>", "", html))
+    assert " ".join(text.split()) == " ".join(console_text(finding).removeprefix("lightning_bn ").split())
 
 
 def test_an_empty_report_says_so():
