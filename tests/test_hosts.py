@@ -267,3 +267,13 @@ def resumed_is_a_plain_run(host, first):
     assert resumed.current_epoch == whole.current_epoch == 4
     expected = whole.lightning_module.state_dict()
     assert all(torch.equal(x, expected[name]) for name, x in resumed.lightning_module.state_dict().items())
+
+
+def test_a_start_beside_another_start_is_told(host):
+    """Two recipes for the start: the first has the weights, and the second says who has them and what to take out."""
+    starts = ["--config", "lbn://init_he", "--config", "lbn://init_naive"]
+    host("train_lightning.py", "fit", "--config", HOSTS / "base.yaml", *starts)
+    (path,) = Path().rglob("findings.jsonl")
+    (finding,) = [entry for entry in read_findings(path) if entry.rule == "not-initialised"]
+    assert "by another WeightInit of this trainer (he)" in finding.evidence
+    assert "take the other one out" in finding.advice

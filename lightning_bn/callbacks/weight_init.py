@@ -182,7 +182,7 @@ class WeightInit(Monitor):
             free = before.open and any(entry.fill and entry.name not in self._others for entry in planned.entries)
             if self._others and not free:
                 self._leaves_alone = True
-                self.emit(left_alone(before.scheme))
+                self.emit(left_alone(before.scheme, same_fit=before.open))
                 return
         planned = without(planned, self._others, "initialised before")
         for argument, entry, nearest in self.wishes.scope.unmatched(pl_module):

@@ -16,10 +16,19 @@ def replaced_by_checkpoint(path: str) -> Finding:
     return Finding(RULE, Severity.INFO, evidence, "", data={"checkpoint": path})
 
 
-def left_alone(scheme: str) -> Finding:
-    """Say that a model which was initialised before keeps its weights."""
-    evidence = f"this model was initialised before ({scheme}) and keeps its weights"
-    return Finding(RULE, Severity.INFO, evidence, "build a new model to start over", data={"scheme": scheme})
+def left_alone(scheme: str, *, same_fit: bool = False) -> Finding:
+    """Say that a model which was initialised before keeps its weights.
+
+    Args:
+        scheme: by what it was initialised.
+        same_fit: whether another callback of the same trainer did it, as where a recipe was added to a config.
+    """
+    who = "by another WeightInit of this trainer" if same_fit else "before"
+    advice = (
+        "take the other one out of your config to start by this one" if same_fit else "build a new model to start over"
+    )
+    evidence = f"this model was initialised {who} ({scheme}) and keeps its weights"
+    return Finding(RULE, Severity.INFO, evidence, advice, data={"scheme": scheme})
 
 
 def could_not_fill(skipped: Mapping[str, str]) -> Finding | None:
