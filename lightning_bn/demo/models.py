@@ -67,14 +67,19 @@ class Classifier(LightningModule):
 
 
 class DigitsMLP(Classifier):
-    """A multilayer perceptron: ``depth`` times linear, norm, activation, then a linear head.
+    """A multilayer perceptron: ``depth`` times linear, norm, activation and, if asked for, dropout; then a linear head.
 
     Args:
         norm: ``batch``, ``group``, ``layer`` or ``none``.
         depth: number of hidden layers, at least 1.
         width: units of each hidden layer; with ``group`` a multiple of 8.
         activation: ``relu``, ``tanh``, ``sigmoid`` or ``gelu``.
+        dropout: share of the units that are dropped behind each activation, from 0 to below 1; of all but the last one
+            the output goes into the next norm.
         lr: learning rate of Adam.
+
+    Raises:
+        ValueError: if ``dropout`` is out of its range.
     """
 
     def __init__(
@@ -84,13 +89,17 @@ class DigitsMLP(Classifier):
         depth: int = 2,
         width: int = 128,
         activation: Activation = "relu",
+        dropout: float = 0.0,
         lr: float = 1e-3,
     ) -> None:
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
         layers: list[nn.Module] = [nn.Flatten()]
         for place in range(depth):
             layers.append(nn.Linear(width if place else PIXELS, width))
             layers.extend(norm_layer(norm, width, spatial=False))
             layers.append(ACTIVATIONS[activation]())
+            layers.extend([nn.Dropout(dropout)] if dropout else [])
         super().__init__(nn.Sequential(*layers, nn.Linear(width, CLASSES)), lr)
 
 
