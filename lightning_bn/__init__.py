@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.nan_guard import NaNGuard
     from lightning_bn.callbacks.precise_batchnorm import PreciseBatchNorm
     from lightning_bn.callbacks.preflight_audit import PreflightAudit
+    from lightning_bn.callbacks.swap_batchnorm import SwapBatchNorm
     from lightning_bn.callbacks.weight_init import WeightInit
     from lightning_bn.findings import Finding, NonFiniteError, Severity
     from lightning_bn.initialization import initialize
@@ -36,6 +37,7 @@ __all__ = [
     "PreciseBatchNorm",
     "PreflightAudit",
     "Severity",
+    "SwapBatchNorm",
     "WeightInit",
     "diagnose",
     "find_batchnorm",
@@ -55,6 +57,7 @@ _HOMES = {
     "PreciseBatchNorm": "callbacks.precise_batchnorm",
     "PreflightAudit": "callbacks.preflight_audit",
     "Severity": "findings",
+    "SwapBatchNorm": "callbacks.swap_batchnorm",
     "WeightInit": "callbacks.weight_init",
     "diagnose": "callbacks.diagnosis",
     "find_batchnorm": "norms",

@@ -194,6 +194,24 @@ def test_the_change_line_of_the_nan_recipe_works(tmp_path):
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("project", ["train_lightning.py", "train_pytorch_lightning.py"])
+def test_the_recipe_for_small_batches_measures_and_its_change_line_swaps_the_layers(tmp_path, project):
+    """On batches of 8 the noise is told before and after training; with the override there is no BatchNorm left."""
+    fit = (HOSTS / project, "fit", "--config", HOSTS / "base.yaml", "--config", RECIPES / "small_batch.yaml")
+    change = ("--trainer.callbacks+", "lightning_bn.SwapBatchNorm", "--trainer.callbacks.to", "group")
+    assert " ".join(change) in (RECIPES / "small_batch.yaml").read_text()
+    run(tmp_path, *fit, "--trainer.max_epochs", "24")
+    layers = {finding.rule: finding.layer for finding in found(tmp_path)}
+    assert layers["few-values-per-channel"] == layers["noisy-batch-statistics"] == "body.layers.1"
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    run(swapped, *fit, *change)
+    findings = found(swapped)
+    assert {finding.rule for finding in findings} == {"swapped-batchnorm", "not-watched", "not-re-estimated"}
+    (told,) = (finding.evidence for finding in findings if finding.rule == "swapped-batchnorm")
+    assert told == "1 BatchNorm layer replaced: 1 by GroupNorm with 1 group (body.layers.1)"
+
+
 @pytest.mark.parametrize(
     ("callback", "argument", "value", "words"),
     [
@@ -232,7 +250,10 @@ def test_a_glob_that_matches_nothing_warns_through_the_command_line(tmp_path):
 
 @pytest.mark.parametrize(
     "callback",
-    ["WeightInit", "NaNGuard", "ActivationMonitor", "BatchNormMonitor", "PreciseBatchNorm", "PreflightAudit"],
+    [
+        *("WeightInit", "NaNGuard", "ActivationMonitor", "BatchNormMonitor", "PreciseBatchNorm", "PreflightAudit"),
+        "SwapBatchNorm",
+    ],
 )
 def test_help_tells_a_stranger_what_every_argument_does(tmp_path, callback):
     """``--trainer.callbacks.help`` prints the purpose and, for each argument, meaning, choices and default."""
@@ -251,6 +272,7 @@ def test_help_tells_a_stranger_what_every_argument_does(tmp_path, callback):
         "BatchNormMonitor": ["whether the network overfits through them", "smaller is better"],
         "PreciseBatchNorm": ["{validation,end}", "most memory for the kept batches"],
         "PreflightAudit": ["before the first step", "model, loader and optimizer"],
+        "SwapBatchNorm": ["{group,layer,instance,frozen}", "that does not look at the batch", "most groups of"],
     }
     text = " ".join(done.stdout.split())
     assert all(" ".join(words.split()) in text for words in expected[callback])

@@ -11,12 +11,13 @@ from lightning_bn.rules.listing import counted, listed
 RULE = "swapped-batchnorm"
 
 
-def swapped(layers: Mapping[str, str], trained: Sequence[str] = ()) -> Finding:
+def swapped(layers: Mapping[str, str], trained: Sequence[str] = (), *, in_copy: bool = False) -> Finding:
     """Say what stands in place of BatchNorm.
 
     Args:
         layers: for each replaced layer, by module path, what it is now, such as ``GroupNorm with 8 groups``.
         trained: those of them that had been trained as BatchNorm, and now compute something else.
+        in_copy: whether a copy of the model trains, in a process of its own.
 
     Returns:
         An ``info``; a ``warning`` where layers had been trained.
@@ -27,8 +28,11 @@ def swapped(layers: Mapping[str, str], trained: Sequence[str] = ()) -> Finding:
     parts = [f"{len(names)} by {kind} ({listed(names)})" for kind, names in by_kind.items()]
     evidence = f"{counted(len(layers), 'BatchNorm layer')} replaced: {', '.join(parts)}"
     data = {"layers": dict(layers), "trained": list(trained)}
+    keeps = "; the model that was given to fit keeps BatchNorm, as a copy trains in processes of its own"
+    evidence += keeps if in_copy else ""
     if not trained:
-        return Finding(RULE, Severity.INFO, evidence, "", data=data)
+        advice = "use a checkpoint of the run, in a model with the same layers replaced" if in_copy else ""
+        return Finding(RULE, Severity.INFO, evidence, advice, data=data)
     evidence += f"; {len(trained)} had been trained as BatchNorm, and the network computes something else now"
     advice = "train it again, or swap to frozen, which computes what BatchNorm computes in evaluation"
     return Finding(RULE, Severity.WARNING, evidence, advice, data=data)
