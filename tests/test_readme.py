@@ -43,14 +43,6 @@ def test_the_python_on_the_page_about_initialisation_runs(capsys):
     assert capsys.readouterr().out.split("\n")[0].startswith("0.weight lsuv ")
 
 
-def test_the_table_of_starts_is_that_of_its_command():
-    """The page has the tables that ``benchmarks/init_table.py --write`` puts between its markers."""
-    page = (ROOT / "docs" / "initialisation.md").read_text()
-    table = page.split("<!-- table: begin -->")[1].split("<!-- table: end -->")[0]
-    assert table.strip().startswith("Measured by `python benchmarks/init_table.py`")
-    assert all(start in table for start in ("| He |", "| Xavier, gain 1 |", "| N(0, 1000²) |"))
-
-
 def test_the_picture_shows_what_the_example_prints():
     """The README's picture was made from its present example."""
     picture = (ROOT / "docs" / "pictures" / "first_nan.svg").read_text().replace("&#160;", " ")
