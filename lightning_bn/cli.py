@@ -44,6 +44,8 @@ def main(args: Sequence[str] | None = None) -> None:
         status = options.command(options)
     except (ValueError, OSError) as error:
         sys.exit(f"lightning-bn: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells count it
     sys.exit(status)
 
 

@@ -99,3 +99,13 @@ def test_help_lists_all_commands(capsys, words):
     assert all(
         f"    {command}" in out for command in ("recipes", "report", "study", "fit", "validate", "test", "replay")
     )
+
+
+def test_an_interrupt_ends_without_a_traceback(capsys, monkeypatch):
+    """Ctrl-C ends one of our commands with 130, as shells count it."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(catalogue, "names", interrupt)
+    assert spoken(capsys, "recipes") == ("", "", 130)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_bn.callbacks.base import Live, print_above_bar, step_of
+from lightning_bn.callbacks.base import Live, step_of
+from lightning_bn.callbacks.console import print_above_bar
 from lightning_bn.callbacks.rehearsal import cannot_rehearse, rehearse
 from lightning_bn.figures import signal_propagation
 from lightning_bn.findings import Finding

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_bn.callbacks.base import Monitor, epoch_of, gather_objects, print_above_bar, shielded, step_of
+from lightning_bn.callbacks.base import Monitor, epoch_of, gather_objects, shielded, step_of
 from lightning_bn.callbacks.black_box import pack, write_case
+from lightning_bn.callbacks.console import print_above_bar
 from lightning_bn.callbacks.first_look import FirstLook
 from lightning_bn.callbacks.inquest import Course, Verdict, inquire, statistics_faults
 from lightning_bn.callbacks.retrace import Case

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.callbacks.arguments import check_strings
-from lightning_bn.callbacks.base import Monitor, gather_objects, is_compiled, print_above_bar, shielded
+from lightning_bn.callbacks.base import Monitor, gather_objects, is_compiled, shielded
+from lightning_bn.callbacks.console import print_above_bar
 from lightning_bn.callbacks.first_batch import find_factors, first_pass, foretell, judge_loss, publish
 from lightning_bn.callbacks.late_layers import after_building, as_before
 from lightning_bn.callbacks.mark import Mark, close_mark, mark_of, set_mark

@@ -29,7 +29,8 @@ from lightning_bn import (
     diagnose,
     read_findings,
 )
-from lightning_bn.callbacks.base import Monitor, print_above_bar, shielded
+from lightning_bn.callbacks.base import Monitor, shielded
+from lightning_bn.callbacks.console import print_above_bar
 
 EVERY = {
     "WeightInit": WeightInit,

@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
 from lightning_bn.callbacks.noise import Noise
-from lightning_bn.studies import batch_size
-from lightning_bn.studies.batch_size_rows import BATCHES, FEWER, NETWORKS, Gap, Run, gap, mismatch, samples
-from lightning_bn.studies.batch_size_verdicts import IMAGENET
+from lightning_bn.studies.batch_size import measure as batch_size
+from lightning_bn.studies.batch_size.rows import BATCHES, FEWER, NETWORKS, Gap, Run, gap, mismatch, samples
+from lightning_bn.studies.batch_size.verdicts import IMAGENET
 
 STUDY = batch_size.STUDY
 CLAIMS = {

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from lightning_bn.initialization import initialize
-from lightning_bn.studies import cold_start, starts
-from lightning_bn.studies.cold_start_networks import moved, network, optimizer_of
-from lightning_bn.studies.cold_start_rows import HE, LAST, PLAIN, RAISED
-from lightning_bn.studies.cold_start_verdicts import (
+from lightning_bn.studies import starts
+from lightning_bn.studies.cold_start import measure as cold_start
+from lightning_bn.studies.cold_start.networks import moved, network, optimizer_of
+from lightning_bn.studies.cold_start.rows import HE, LAST, PLAIN, RAISED
+from lightning_bn.studies.cold_start.verdicts import (
     FIRST,
     THIRD,
     beyond_repair,

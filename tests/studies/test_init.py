@@ -11,9 +11,10 @@ from torch import nn
 
 from lightning_bn.demo import DigitsMLP
 from lightning_bn.initialization import initialize
-from lightning_bn.studies import init, starts
-from lightning_bn.studies.init_rows import DEPTHS, STARTS, Cell, compare, ends, predictions
-from lightning_bn.studies.init_verdicts import (
+from lightning_bn.studies import starts
+from lightning_bn.studies.init import measure as init
+from lightning_bn.studies.init.rows import DEPTHS, STARTS, Cell, compare, ends, predictions
+from lightning_bn.studies.init.verdicts import (
     critical_without,
     deep_networks,
     fail_at_once,

@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_bn import BatchNormMonitor, find_batchnorm
 from lightning_bn.demo import DigitsData, DigitsMLP
 from lightning_bn.stats.attribution import Change
-from lightning_bn.studies import small_data, small_data_verdicts
 from lightning_bn.studies.fitting import LOGGERS, batches, fit
-from lightning_bn.studies.small_data import STUDY, Digits, measure, network, settings, training, validation
-from lightning_bn.studies.small_data_report import with_gap, worst
-from lightning_bn.studies.small_data_rows import MARKS, NAMES, Run, in_words, judged, paired, runs_of
+from lightning_bn.studies.small_data import measure as small_data
+from lightning_bn.studies.small_data import verdicts as small_data_verdicts
+from lightning_bn.studies.small_data.measure import STUDY, Digits, measure, network, settings, training, validation
+from lightning_bn.studies.small_data.report import with_gap, worst
+from lightning_bn.studies.small_data.rows import MARKS, NAMES, Run, in_words, judged, paired, runs_of
 
 SEEDS = range(6)
 

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.precise import precise_statistics
-from lightning_bn.studies import undo
 from lightning_bn.studies.starts import digits
-from lightning_bn.studies.undo_rows import (
+from lightning_bn.studies.undo import measure as undo
+from lightning_bn.studies.undo.rows import (
     BATCHES,
     INPUTS,
     constant_error,

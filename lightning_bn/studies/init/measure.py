@@ -16,10 +16,10 @@ from lightning_bn.demo import DigitsMLP, DigitsResNet
 from lightning_bn.initialization import Report, initialize
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.schemes import Scheme
-from lightning_bn.studies.init_figure import draw
-from lightning_bn.studies.init_report import summary, tables
-from lightning_bn.studies.init_rows import DEPTHS, GAMMAS, NORMS, STARTS
-from lightning_bn.studies.init_verdicts import verdicts
+from lightning_bn.studies.init.figure import draw
+from lightning_bn.studies.init.report import summary, tables
+from lightning_bn.studies.init.rows import DEPTHS, GAMMAS, NORMS, STARTS
+from lightning_bn.studies.init.verdicts import verdicts
 from lightning_bn.studies.starts import (
     BATCH,
     DTYPES,

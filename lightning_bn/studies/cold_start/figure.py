@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lightning_bn.studies.cold_start_rows import (
+from lightning_bn.studies.cold_start.rows import (
     BATCHES,
     CASES,
     HUGE,

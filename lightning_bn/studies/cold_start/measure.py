@@ -15,10 +15,10 @@ from torch.nn.functional import batch_norm, linear
 from lightning_bn.demo.models import PIXELS
 from lightning_bn.initialization import initialize
 from lightning_bn.outlook import Stage, predicted_overflow
-from lightning_bn.studies.cold_start_figure import draw
-from lightning_bn.studies.cold_start_networks import WIDTH, heard, network, silence_of, trainings
-from lightning_bn.studies.cold_start_report import summary, tables
-from lightning_bn.studies.cold_start_rows import (
+from lightning_bn.studies.cold_start.figure import draw
+from lightning_bn.studies.cold_start.networks import WIDTH, heard, network, silence_of, trainings
+from lightning_bn.studies.cold_start.report import summary, tables
+from lightning_bn.studies.cold_start.rows import (
     BATCHES,
     CASES,
     DEPTH,
@@ -31,7 +31,7 @@ from lightning_bn.studies.cold_start_rows import (
     WIDTHS,
     deepest,
 )
-from lightning_bn.studies.cold_start_verdicts import verdicts
+from lightning_bn.studies.cold_start.verdicts import verdicts
 from lightning_bn.studies.starts import BATCH, DTYPES, OPTIMIZERS, digits, rounded
 from lightning_bn.studies.study import Row, Setting, Study
 

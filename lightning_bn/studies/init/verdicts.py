@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Literal
 
-from lightning_bn.studies.init_report import accuracies, of_gamma
-from lightning_bn.studies.init_rows import (
+from lightning_bn.studies.init.report import accuracies, of_gamma
+from lightning_bn.studies.init.rows import (
     DEPTHS,
     GAMMAS,
     MADE,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lightning_bn.studies.batch_size_rows import (
+from lightning_bn.studies.batch_size.rows import (
     ACCUMULATED,
     BATCHES,
     FEWER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_bn.studies.batch_size_rows import (
+from lightning_bn.studies.batch_size.rows import (
     ACCUMULATED,
     BATCHES,
     FEWER,
@@ -20,7 +20,7 @@ from lightning_bn.studies.batch_size_rows import (
     samples,
     values,
 )
-from lightning_bn.studies.batch_size_verdicts import boundary
+from lightning_bn.studies.batch_size.verdicts import boundary
 from lightning_bn.studies.seeds import markdown, mean, spread
 from lightning_bn.studies.study import Row
 

@@ -11,7 +11,7 @@ from typing import cast
 
 from lightning_bn.rules import affine_driven_overfitting, overfitting_elsewhere, shared_overfitting
 from lightning_bn.stats.attribution import Change
-from lightning_bn.studies.small_data_rows import NAMES, PLACES, STARTS, Run, Word, is_sure, judged, paired
+from lightning_bn.studies.small_data.rows import NAMES, PLACES, STARTS, Run, Word, is_sure, judged, paired
 from lightning_bn.studies.study import Row, Verdict
 
 OVERFITS = (affine_driven_overfitting.RULE, shared_overfitting.RULE, overfitting_elsewhere.RULE)

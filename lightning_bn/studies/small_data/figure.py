@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_bn.studies.small_data_rows import MARKS, NAMES, Run, mean_and_error, runs_of, values_of
+from lightning_bn.studies.small_data.rows import MARKS, NAMES, Run, mean_and_error, runs_of, values_of
 from lightning_bn.studies.study import Row
 
 if TYPE_CHECKING:

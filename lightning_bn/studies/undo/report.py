@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from lightning_bn.studies.batch_size_rows import in_figures
+from lightning_bn.studies.batch_size.rows import in_figures
 from lightning_bn.studies.seeds import markdown, mean, spread
 from lightning_bn.studies.study import Row, Verdict
-from lightning_bn.studies.undo_rows import (
+from lightning_bn.studies.undo.rows import (
     BATCHES,
     DTYPES,
     INPUTS,

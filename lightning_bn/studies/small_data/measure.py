@@ -18,10 +18,10 @@ from lightning_bn.rules.noisy_batch_statistics import RULE as NOISY
 from lightning_bn.rules.not_assessed import RULE as NOT_ASSESSED
 from lightning_bn.rules.wrong_running_statistics import RULE as WRONG
 from lightning_bn.studies.fitting import batches, fit
-from lightning_bn.studies.small_data_figure import draw
-from lightning_bn.studies.small_data_report import summary, tables
-from lightning_bn.studies.small_data_rows import MARKS, Run
-from lightning_bn.studies.small_data_verdicts import verdicts
+from lightning_bn.studies.small_data.figure import draw
+from lightning_bn.studies.small_data.report import summary, tables
+from lightning_bn.studies.small_data.rows import MARKS, Run
+from lightning_bn.studies.small_data.verdicts import verdicts
 from lightning_bn.studies.study import Row, Setting, Study
 
 IMAGES, BATCH, EPOCHS = 100, 8, MARKS[-1]

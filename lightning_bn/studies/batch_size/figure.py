@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_bn.figures import BAD, LARGEST, STD
 from lightning_bn.rules.noisy_batch_statistics import NOISY, SEVERE
-from lightning_bn.studies.batch_size_rows import BATCHES, FEWER, NETWORKS, Run, values
+from lightning_bn.studies.batch_size.rows import BATCHES, FEWER, NETWORKS, Run, values
 from lightning_bn.studies.seeds import mean
 from lightning_bn.studies.study import Row
 

@@ -19,10 +19,10 @@ from lightning_bn.demo import DigitsData, DigitsMLP, DigitsResNet
 from lightning_bn.demo.models import Norm
 from lightning_bn.precise import precise_statistics
 from lightning_bn.stats.batchnorm import Affine, drift
-from lightning_bn.studies.batch_size_figure import draw
-from lightning_bn.studies.batch_size_report import summary, tables
-from lightning_bn.studies.batch_size_rows import ACCUMULATED, BATCHES, FEWER, SAME, USUAL
-from lightning_bn.studies.batch_size_verdicts import verdicts
+from lightning_bn.studies.batch_size.figure import draw
+from lightning_bn.studies.batch_size.report import summary, tables
+from lightning_bn.studies.batch_size.rows import ACCUMULATED, BATCHES, FEWER, SAME, USUAL
+from lightning_bn.studies.batch_size.verdicts import verdicts
 from lightning_bn.studies.starts import Digits
 from lightning_bn.studies.study import Row, Setting, Study, Value
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Literal
 
-from lightning_bn.studies.cold_start_rows import (
+from lightning_bn.studies.cold_start.rows import (
     GAPS,
     HE,
     LAST,

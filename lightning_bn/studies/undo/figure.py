@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_bn.figures import BAD, LARGEST, STD
 from lightning_bn.studies.seeds import mean
 from lightning_bn.studies.study import Row
-from lightning_bn.studies.undo_rows import BATCHES, INPUTS, RATIOS, chosen, constant_error, forgotten_error, shrinkage
+from lightning_bn.studies.undo.rows import BATCHES, INPUTS, RATIOS, chosen, constant_error, forgotten_error, shrinkage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

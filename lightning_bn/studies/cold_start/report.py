@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lightning_bn.studies.cold_start_rows import (
+from lightning_bn.studies.cold_start.rows import (
     BATCHES,
     CASES,
     GAPS,

@@ -7,7 +7,7 @@ import math
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from lightning_bn.studies.init_rows import DEPTHS, NORMS, STARTS, TITLES, Cell
+from lightning_bn.studies.init.rows import DEPTHS, NORMS, STARTS, TITLES, Cell
 from lightning_bn.studies.seeds import mean
 from lightning_bn.studies.starts import OPTIMIZERS
 from lightning_bn.studies.study import Row

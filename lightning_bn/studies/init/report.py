@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from itertools import product
 
-from lightning_bn.studies.init_rows import (
+from lightning_bn.studies.init.rows import (
     DEPTHS,
     GAMMAS,
     MADE,

@@ -15,14 +15,14 @@ from lightning_bn.callbacks.noise import Noise
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.precise import precise_statistics
 from lightning_bn.stats.attribution import effective_samples
-from lightning_bn.studies.batch_size import EPOCHS, RATES, network_of, train
-from lightning_bn.studies.batch_size_rows import USUAL
+from lightning_bn.studies.batch_size.measure import EPOCHS, RATES, network_of, train
+from lightning_bn.studies.batch_size.rows import USUAL
 from lightning_bn.studies.seeds import mean
 from lightning_bn.studies.starts import digits
 from lightning_bn.studies.study import Row, Setting, Study, Value
-from lightning_bn.studies.undo_figure import draw
-from lightning_bn.studies.undo_report import summary, tables, verdicts
-from lightning_bn.studies.undo_rows import (
+from lightning_bn.studies.undo.figure import draw
+from lightning_bn.studies.undo.report import summary, tables, verdicts
+from lightning_bn.studies.undo.rows import (
     BATCHES,
     DTYPES,
     INPUTS,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from statistics import median
 from typing import cast
 
-from lightning_bn.studies.small_data_rows import (
+from lightning_bn.studies.small_data.rows import (
     NAMES,
     PLACES,
     STARTS,
@@ -21,7 +21,7 @@ from lightning_bn.studies.small_data_rows import (
     runs_of,
     values_of,
 )
-from lightning_bn.studies.small_data_verdicts import affine_verdicts, overfits
+from lightning_bn.studies.small_data.verdicts import affine_verdicts, overfits
 from lightning_bn.studies.study import Row
 
 COLUMNS = {
