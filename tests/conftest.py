@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several tests share: a quiet trainer."""
+"""What several tests share: a quiet trainer, and projects of somebody else's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from hosting import Hosting
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -39,3 +40,10 @@ def make_trainer(tmp_path):
         return Trainer(callbacks=list(callbacks), **{**defaults, **options})
 
     return make
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """Runs projects that know nothing of this package, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return Hosting(monkeypatch)

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import runpy
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,39 +12,12 @@ import lightning.pytorch.cli
 import pytest
 import pytorch_lightning
 import torch
+from hosting import HOSTS
 
 from lightning_bn import auto, diagnose, read_findings, recipe_files
 
-HOSTS = Path(__file__).parent / "hosts"
 OURS = ["PreflightAudit", "NaNGuard", "ActivationMonitor", "BatchNormMonitor"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # of projects that are not ours
-
-
-@pytest.fixture
-def host(tmp_path, monkeypatch):
-    """Runs a project as ``python PROJECT WORDS...`` would, in an empty folder; gives back its last trainer."""
-    trainers = []
-    for package in (lightning.pytorch, pytorch_lightning):
-        fit = package.Trainer.fit
-
-        @functools.wraps(fit)
-        def recorded(self, *args, _fit=fit, **kwargs):
-            trainers.append(self)
-            return _fit(self, *args, **kwargs)
-
-        monkeypatch.setattr(package.Trainer, "fit", recorded)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(HOSTS)
-    monkeypatch.delenv(auto.VARIABLE, raising=False)
-
-    def run(project, *words):
-        monkeypatch.setattr(auto, "_witnessed", [])
-        monkeypatch.setattr(recipe_files, "OPENED", [])
-        monkeypatch.setattr(sys, "argv", [project, *map(str, words)])
-        runpy.run_path(str(HOSTS / project), run_name="__main__")
-        return trainers[-1]
-
-    return run
 
 
 def there(trainer):
