@@ -3,7 +3,8 @@
 
 Run:     python benchmarks/overhead.py [--steps 60] [--rounds 7]
          OMP_NUM_THREADS=1 python benchmarks/overhead.py --only nan_guard [--device cuda] [--rounds 31]
-        OMP_NUM_THREADS=1 python benchmarks/overhead.py --only activation_monitor [--device cuda] [--rounds 31]
+         OMP_NUM_THREADS=1 python benchmarks/overhead.py --only activation_monitor [--device cuda] [--rounds 31]
+         OMP_NUM_THREADS=1 python benchmarks/overhead.py --only batchnorm_monitor [--device cuda] [--rounds 31]
 Output:  a markdown table: median over the rounds of (time with monitors) / (time without), with the smallest and the
          largest ratio. The first row pairs plain training with itself: what it differs from 1 by is noise.
          With --only, the monitor comes and goes in one and the same fit, a few steps at a time; two more tables say
@@ -26,11 +27,11 @@ from statistics import mean, median, quantiles
 from typing import Any
 
 import torch
+from host_reads import print_reads
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from networks import ON_CPU, ON_GPU, Subject, fit
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn import ActivationMonitor, BatchNormMonitor, NaNGuard
 from lightning_bn.demo import DigitsData, DigitsMLP, DigitsResNet
@@ -52,6 +53,10 @@ ONLY: dict[str, dict[str, Callable[[], Callback]]] = {
         "ActivationMonitor, every step": lambda: ActivationMonitor(every_n_steps=1, max_overhead=None),
         "ActivationMonitor, every 50th": lambda: ActivationMonitor(every_n_steps=50),
     },
+    "batchnorm_monitor": {
+        "BatchNormMonitor, every 50th": lambda: BatchNormMonitor(assess=False),
+        "BatchNormMonitor, every step": lambda: BatchNormMonitor(every_n_steps=1, assess=False),
+    },
 }
 HOOKS = (
     "on_train_batch_start",
@@ -60,9 +65,6 @@ HOOKS = (
     "on_before_optimizer_step",
     "on_train_batch_end",
 )
-READS = ("_local_scalar_dense", "equal", "nonzero")
-MOVES = ("_to_copy", "copy_")
-COUNTED = 12
 
 Variant = AbstractContextManager[object]
 """What is there in some blocks of steps and not in the others; entered once for each such block."""
@@ -164,44 +166,6 @@ def timed(callback: Callback) -> dict[str, list[float]]:
     return spent
 
 
-class Reads(TorchDispatchMode):
-    """Counts the values that a device gives to the host, step by step, apart for the forward pass and the rest."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device, self.forward = device, False
-        self.steps: list[list[int]] = [[0, 0]]
-
-    def turn(self, *_: object, forward: bool) -> None:
-        """The forward pass begins or ends; within it nothing may wait for a GPU."""
-        self.forward = forward
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("error" if forward else "default")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count an operation that makes the host wait; called by torch."""
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        reads = name in READS and args[0].device.type == self.device
-        comes = name in MOVES and out.device.type == "cpu" and args[name == "copy_"].device.type != "cpu"
-        self.steps[-1][not self.forward] += reads or comes
-        return out
-
-
-def host_reads(subject: Subject, callbacks: list[Callback], device: str) -> list[list[int]]:
-    """Values brought to the host in each step: in the forward pass, and in the rest of it."""
-    reads = Reads(device)
-    # The last callback sees the forward pass begin when the others have made ready, the first one sees it end.
-    begins, ends = (partial(reads.turn, forward=forward) for forward in (True, False))
-    last = LambdaCallback(on_train_batch_start=begins, on_train_batch_end=lambda *_: reads.steps.append([0, 0]))
-    with reads:
-        around = [LambdaCallback(on_before_backward=ends), *callbacks, last]
-        fit(subject, around, device, max_steps=COUNTED, max_epochs=-1, log_every_n_steps=COUNTED)
-    if any(getattr(callback, "off", False) for callback in callbacks):
-        raise RuntimeError("a monitor that was watched has failed, so its reads were not all counted")
-    return reads.steps[:COUNTED]
-
-
 def paired(
     subject: Subject,
     callbacks: Mapping[str, Callback],
@@ -235,23 +199,13 @@ def only(name: str, device: str, rounds: int) -> None:
     for (network, label), spent in hooks.items():
         each = [1e6 * trimmed(spent[hook]) for hook in HOOKS]
         print(f"| {network} | {label} | {' | '.join(f'{value:.0f}' for value in [*each, sum(each)])} |")
-    print_reads(name, subjects, device)
+    print_reads(next(iter(ONLY[name].values())), subjects, device)
 
 
 def trimmed(seconds: list[float]) -> float:
     """Mean without the first tenth, which warms up, and without the largest hundredth, which something else held up."""
     late = sorted(seconds[len(seconds) // 10 :])
     return mean(late[: len(late) - len(late) // 100] or [0.0])
-
-
-def print_reads(name: str, subjects: dict[str, Subject], device: str) -> None:
-    """Count what a monitor brings to the host in a step, beyond what plain training does."""
-    print("\n| host reads of a step | forward pass | rest | forward pass, due | rest, due |\n|---|---:|---:|---:|---:|")
-    make = next(iter(ONLY[name].values()))
-    for network, subject in subjects.items():
-        plain, watched = (host_reads(subject, made, device) for made in ([], [make()]))
-        cells = [watched[step][part] - plain[step][part] for step in (COUNTED // 2, -1) for part in (0, 1)]
-        print(f"| {network} | {' | '.join(map(str, cells))} |", flush=True)
 
 
 def seconds_per_step(build: Callable[[], LightningModule], monitors: list[Callback], steps: int) -> float:

@@ -187,6 +187,27 @@ def drift_overview(
     return found
 
 
+def speed_overview(speed: Iterable[tuple[float, float]], share: float) -> dict[str, float]:
+    """Overview scalars of what one optimizer step did to γ and β.
+
+    Args:
+        speed: for each layer ‖Δγ‖/‖γ‖ and ‖Δβ‖/‖γ‖.
+        share: part of the squared gradient norm that fell on γ and β; NaN where not known.
+
+    Returns:
+        ``gamma_speed_log10`` and ``beta_speed_log10``, decimal logarithms, as median, largest and smallest over the
+        layers; ``affine_gradient_share``, where known.
+
+    Example:
+        >>> speed_overview([(0.01, 0.1)], 0.25)["bn_overview/gamma_speed_log10_median"]
+        -2.0
+    """
+    found: dict[str, float] = {}
+    for name, values in zip(("gamma_speed", "beta_speed"), zip(*speed, strict=True), strict=False):
+        found |= spread(f"{name}_log10", map(_log10, values))
+    return found | {f"{PREFIX}affine_gradient_share": value for value in _known([share])}
+
+
 def _count(row: Summary) -> str:
     """Number of non-finite values, in words where nobody counted them."""
     return "not counted" if math.isnan(row.nonfinite) else str(row.nonfinite)

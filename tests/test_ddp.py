@@ -250,3 +250,40 @@ def test_a_monitor_that_fails_on_one_rank_is_off_on_all_and_training_goes_on(tmp
     assert [finding.data["rank"] for finding in findings if finding.rule == "monitor-failed"] == [1]
     assert sum("the monitor failed on another process" in finding.evidence for finding in findings) == 1
     assert [finding.rule for finding in findings][-1] == "affine-drift"
+
+
+@pytest.mark.parametrize("buffers", ["", ", kept"], ids=["broadcast", "kept"])
+def test_ranks_with_data_of_their_own_are_told_whether_their_statistics_are_broadcast_or_not(tmp_path, buffers):
+    """By default the running statistics are equal and those of rank 0, and the data show it all the same."""
+    ranks = run(f"domains{buffers}", tmp_path)
+    assert ranks[0]["findings"].count("statistics-differ-between-ranks") == 1
+    assert ranks[1]["findings"] == []
+    assert not any(ranks[0]["off"] + ranks[1]["off"])
+    assert (ranks[0]["statistics"] == ranks[1]["statistics"]) is not bool(buffers)
+    apart = ranks[0]["apart"]
+    assert apart["batches"] > 0.3
+    assert apart["stored"] == pytest.approx(apart["batches"], rel=0.3) if buffers else apart["stored"] == 0
+
+
+@pytest.mark.parametrize("buffers", ["", ", kept"], ids=["broadcast", "kept"])
+def test_ranks_with_halves_of_the_same_data_are_silent(tmp_path, buffers):
+    """Statistics that each rank keeps differ by noise, and nothing is said of it."""
+    ranks = run(f"domains alike{buffers}", tmp_path)
+    assert "affine-drift" in ranks[0]["findings"]
+    assert "statistics-differ-between-ranks" not in ranks[0]["findings"] + ranks[1]["findings"]
+    assert not any(ranks[0]["off"] + ranks[1]["off"])
+    assert (ranks[0]["statistics"] == ranks[1]["statistics"]) is not bool(buffers)
+
+
+def test_a_comparison_that_fails_on_one_rank_is_made_by_none_and_nobody_waits(tmp_path):
+    """The run ends well on both, and the file says what happened."""
+    ranks = run("domains, breaks on rank 1", tmp_path)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert "statistics-differ-between-ranks" not in ranks[0]["findings"]
+    assert ranks[1]["findings"] == ["monitor-failed"]
+
+
+def test_comparing_ranks_leaves_training_bit_identical(tmp_path):
+    """Weights, buffers, gradients, optimizers and random streams of both are those of an unwatched run."""
+    watched, plain = (run(f"domains{rest}", tmp_path / str(place)) for place, rest in enumerate(("", ", unwatched")))
+    assert [rank["digest"] for rank in watched] == [rank["digest"] for rank in plain]

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.parameter import is_lazy
@@ -13,24 +11,24 @@ from torch.nn.parameter import is_lazy
 from lightning_bn.callbacks.arguments import check_amount, check_count, check_flag, check_interval, check_name
 from lightning_bn.callbacks.base import Monitor, epoch_of, gather_objects, is_due, shielded, step_of, window_closes
 from lightning_bn.callbacks.chronicle import Chronicle
-from lightning_bn.callbacks.drift import affine_of, drift_by_layer, loaded, of_drift, stored
+from lightning_bn.callbacks.drift import References, affine_of, drift_by_layer, of_drift
 from lightning_bn.callbacks.evidence import Evidence
-from lightning_bn.callbacks.judgement import cannot_assess, conclude
-from lightning_bn.callbacks.noise import Noise, effective, of_noise
+from lightning_bn.callbacks.judgement import cannot_assess, conclude, with_pace
 from lightning_bn.callbacks.response import Action, Response, check_action
+from lightning_bn.callbacks.speed import Speed
+from lightning_bn.callbacks.statistics_watch import Shares, StatisticsWatch, of_ranks
 from lightning_bn.norms import find_batchnorm
-from lightning_bn.overview import drift_overview
+from lightning_bn.overview import drift_overview, speed_overview
 from lightning_bn.rules.affine_drift import RULE as DRIFT
-from lightning_bn.rules.affine_drift import Watched
 from lightning_bn.rules.not_assessed import not_assessed
 from lightning_bn.sinks import Loggers
-from lightning_bn.stats.batchnorm import Affine
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from lightning_bn.findings import Finding
     from lightning_bn.stats.attribution import Losses
 
 
@@ -38,8 +36,8 @@ class BatchNormMonitor(Monitor):
     """Follow γ, β and the batch statistics of BatchNorm, and say at the end whether the network overfits through them.
 
     Logged are ‖γ − γ₀‖/‖γ₀‖ and ‖β − β₀‖/‖γ₀‖ as an overview over the layers (``bn_overview/gamma_drift...``),
-    against the values of the first step and against those of the best validation. Where γ₀ = 0, as in layers that
-    close a residual block, √C takes the place of ‖γ₀‖. Movement alone is not a fault.
+    against the first step, the best validation and the step before (``gamma_speed...``), and the share of γ and β in
+    the squared gradient norm. Where γ₀ = 0, √C takes the place of ‖γ₀‖. Movement alone is not a fault.
 
     When the fit ends, a verdict is looked for: kept validation batches run again through ``validation_step``, without a
     trace, with the weights of the end and of the best validation, with γ and β put back and not, each with running
@@ -62,7 +60,8 @@ class BatchNormMonitor(Monitor):
         max_gigabytes: most memory for each of both, in 10⁹ bytes a process, above 0.
         ignore: slugs of findings that are not to be reported, out of affine-drift, not-watched, not-assessed,
             wrong-running-statistics, mismatched-statistics, noisy-batch-statistics, collapsed-gamma, no-overfitting,
-            affine-driven-overfitting, shared-overfitting, overfitting-elsewhere, statistics-updated-twice.
+            affine-driven-overfitting, shared-overfitting, overfitting-elsewhere, statistics-updated-twice,
+            statistics-stopped, statistics-differ-between-ranks.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -93,13 +92,11 @@ class BatchNormMonitor(Monitor):
         self._forget()
 
     def _forget(self) -> None:
-        self._awaits_start = True
-        self._start, self._best = dict[str, Affine](), dict[str, Affine]()
-        self._watched: Watched | None = None
+        self._references, self._speed = References(), Speed()
         self._logged: list[str] = []
         self._evidence: Evidence | None = None
         self._restored: dict[str, Any] = {}
-        self._noise: Noise | None = None
+        self._statistics: StatisticsWatch | None = None
         self._assesses = False  # agreed on by all processes
         self._response, self._chronicle = Response(self.on_overfitting), Chronicle()
 
@@ -113,20 +110,19 @@ class BatchNormMonitor(Monitor):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make ready to collect what a verdict needs; called by Lightning."""
         # Not in setup: SyncBatchNorm conversion would replace the layers.
-        self._noise = Noise(pl_module)
+        self._statistics = StatisticsWatch(pl_module, trainer.world_size)
         reason, remedy = cannot_assess(trainer, pl_module, self.watch)
         if reason and self.assess and find_batchnorm(pl_module):  # without any, another note says so
             self.emit(not_assessed(reason, remedy))
         if self.assess and not reason:
-            share = -(-self.num_samples // trainer.world_size)
-            self._evidence = Evidence(share, self.max_gigabytes, trainer.global_rank)
+            samples = -(-self.num_samples // trainer.world_size)
+            self._evidence = Evidence(samples, self.max_gigabytes, trainer.global_rank)
             if self._restored:
                 self._evidence.load_state_dict(self._restored)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree with the other ranks on whether to assess; called by Lightning."""
-        # Outside the shield, as every rank has to take part.
-        nothing = self.off or self._evidence is None
+        nothing = self.off or self._evidence is None  # outside the shield, as every rank has to take part
         self._assesses = not trainer.strategy.reduce_boolean_decision(nothing, all=False)
 
     @shielded
@@ -139,33 +135,38 @@ class BatchNormMonitor(Monitor):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the values before the first update, and a sample of the batches; called by Lightning."""
         # Here SyncBatchNorm is in place and checkpoints are restored.
-        if self._awaits_start and not any(map(is_lazy, pl_module.parameters())):
-            self._begin_from(pl_module)
+        if self._references.awaits_start and not any(map(is_lazy, pl_module.parameters())):
+            self._references.begin_from(pl_module)
         if self._evidence is not None:
             self._keep(self._evidence.train_batch, pl_module, batch, batch_idx)
-        if self._noise is not None and self._noise.begin_batch():
+        if self._statistics is not None and self._statistics.begin_batch():
             self.live.hooks.close()
-            self.live.hooks.enter_context(self._noise.listening(self._hear))
+            self.live.hooks.enter_context(self._statistics.listening(self._hear))
 
     @shielded
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep γ and β where lazy layers got their parameters only now; called by Lightning."""
-        if self._awaits_start:
-            self._begin_from(pl_module)
+        """Keep γ and β where lazy layers got them only now, and let go of the model; called by Lightning."""
+        if self._statistics is not None and self._statistics.may_end(pl_module):
+            self.live.hooks.close()
+        if self._references.awaits_start:
+            self._references.begin_from(pl_module)
 
     @shielded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the drift on due steps; called by Lightning."""
-        if self._noise is not None and self._noise.end_batch():
+        if self._statistics is not None and self._statistics.end_batch(step_of(trainer)):
             self.live.hooks.close()
         if self._evidence is not None:
             self._evidence.train_loss(outputs)
-        if is_due(trainer, self.every_n_steps) and window_closes(trainer) and trainer.is_global_zero and self._start:
-            since_start, since_best = drift_by_layer(affine_of(pl_module), self._start, self._best)
-            values = drift_overview(since_start.values(), since_best.values())
+        if self._measures(trainer) and window_closes(trainer):
+            since_start, since_best, speed, share = self._speed.after(pl_module, self._references)
+            values = drift_overview(since_start.values(), since_best.values()) | speed_overview(speed.values(), share)
             Loggers(trainer.loggers).numbers(values, step_of(trainer))
+
+    def _measures(self, trainer: Trainer) -> bool:
+        return bool(self._references.start) and trainer.is_global_zero and is_due(trainer, self.every_n_steps)
 
     @shielded
     def on_validation_batch_start(
@@ -183,18 +184,21 @@ class BatchNormMonitor(Monitor):
         if self._assesses:  # outside the shield: the first rank's number counts, so that all keep the same weights
             last = gather_objects(trainer, last)[0]
         self._compare(trainer, pl_module, last)
-        if self._assesses and self._response.is_time(self._watched, self._evidence):
+        if self._assesses and self._response.is_time(self._references.watched, self._evidence):
             said = self._assess(trainer, pl_module)
-            trainer.should_stop = self._response.act(pl_module, said, self._best) or trainer.should_stop
+            trainer.should_stop = self._response.act(pl_module, said, self._references.best) or trainer.should_stop
 
     @shielded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Hold γ and β where that was asked for; called by Lightning."""
+        """Look at γ, β and gradients on due steps, and hold γ and β where that was asked for; called by Lightning."""
+        if self._measures(trainer):
+            self._speed.before(pl_module, optimizer)
         self._response.hold(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how far γ and β moved, and what that did; called by Lightning."""
-        self._conclude(trainer, pl_module)
+        shares = self._conclude(trainer, pl_module)
+        self._compare_ranks(gather_objects(trainer, shares))  # gathered outside the shield: every rank takes part
         if self._assesses:
             self._assess(trainer, pl_module)
         self._draw(trainer)
@@ -209,9 +213,7 @@ class BatchNormMonitor(Monitor):
         """References and history, as plain types and CPU tensors; called by Lightning."""
         return {
             **super().state_dict(),
-            "start": stored(self._start),
-            "best": stored(self._best),
-            "watched": asdict(self._watched) if self._watched else None,
+            **self._references.state_dict(),
             "chronicle": self._chronicle.state_dict(),
             "frozen": self._response.frozen,
             "evidence": self._evidence.state_dict() if self._evidence is not None else self._restored,
@@ -220,10 +222,7 @@ class BatchNormMonitor(Monitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; called by Lightning."""
         super().load_state_dict(state_dict)
-        self._start = loaded(state_dict["start"])
-        self._awaits_start = not self._start
-        self._best = loaded(state_dict["best"])
-        self._watched = Watched(**state_dict["watched"]) if state_dict["watched"] else None
+        self._references.load_state_dict(state_dict)
         self._restored = dict(state_dict.get("evidence") or {})
         self._response.frozen = bool(state_dict.get("frozen"))
         if "chronicle" in state_dict:
@@ -231,11 +230,7 @@ class BatchNormMonitor(Monitor):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but batches, weights and layers."""
-        return {**super().__getstate__(), "_evidence": None, "_noise": None}
-
-    def _begin_from(self, pl_module: LightningModule) -> None:
-        self._awaits_start = False
-        self._start = affine_of(pl_module)
+        return {**super().__getstate__(), "_evidence": None, "_statistics": None}
 
     def _keep(self, offer: Any, *batch: Any) -> None:
         try:
@@ -246,8 +241,8 @@ class BatchNormMonitor(Monitor):
 
     @shielded
     def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._noise is not None:
-            self._noise.hear(name, module, inputs, output)
+        if self._statistics is not None:
+            self._statistics.hear(name, module, inputs, output)
 
     @shielded
     def _value(self, trainer: Trainer) -> float | None:
@@ -257,44 +252,49 @@ class BatchNormMonitor(Monitor):
     @shielded
     def _compare(self, trainer: Trainer, pl_module: LightningModule, last: float | None) -> None:
         self._logged = sorted(trainer.callback_metrics)
+        for finding in self._statistics.stopped() if self._statistics is not None else ():
+            self.emit(finding)
         if last is None:
             return
-        before = self._watched
-        is_best = before is None or last < before.best or not math.isfinite(before.best)
-        if before is None or is_best:
-            self._best = affine_of(pl_module)
-            self._watched = Watched(self.watch, last, epoch_of(trainer), last)
-        else:
-            self._watched = Watched(self.watch, before.best, before.best_epoch, last)
+        is_best = self._references.validated(pl_module, self.watch, last, epoch_of(trainer))
         train = math.nan
         if self._evidence is not None:
             self._evidence.end_validation(pl_module, is_best=is_best)
             train = self._evidence.train_last
-        (since_start,) = drift_by_layer(affine_of(pl_module), self._start)
+        (since_start,) = drift_by_layer(affine_of(pl_module), self._references.start)
         self._chronicle.add(step_of(trainer), epoch_of(trainer), (train, last), since_start)
+
+    @shielded
+    def _compare_ranks(self, ranks: list[Shares | None]) -> None:
+        self.emit(of_ranks(ranks))
 
     def _assess(self, trainer: Trainer, pl_module: LightningModule) -> set[str]:
         """Look for the verdict; outside the shield, as every rank takes part in each step of it."""
         try:
             evidence = None if self.off else self._evidence
-            found = conclude(trainer, pl_module, evidence, self._watched, partial(self.emit, repeat=True))
+            found = conclude(trainer, pl_module, evidence, self._references.watched, self._say)
         except Exception as error:  # noqa: BLE001  (ours, and not the user's)
             self.fail("assess", error)
             return set()
         self.losses, self._chronicle.verdict = found.losses, found.words
         return found.rules
 
+    def _say(self, finding: Finding) -> None:
+        self.emit(with_pace(finding, self._speed.pace), repeat=True)
+
     @shielded
     def _draw(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            self._chronicle.draw(Loggers(trainer.loggers), step_of(trainer), self._watched, self.losses)
+            self._chronicle.draw(Loggers(trainer.loggers), step_of(trainer), self._references.watched, self.losses)
 
     @shielded
-    def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        references = (self._start, self._best)
-        for finding in of_drift(pl_module, references, self._watched, (self.watch, self._logged), trainer.optimizers):
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> Shares | None:
+        metric, pace = (self.watch, self._logged), self._speed.pace
+        for finding in of_drift(pl_module, self._references, metric, trainer.optimizers, pace):
             self.emit(finding, repeat=finding.rule == DRIFT)
-        if self._noise is not None and self._start:
-            self._chronicle.effective, pairs = effective(self._noise.to_plain())
-            for said in of_noise(self._chronicle.effective, pairs, self._noise):
-                self.emit(said)
+        if self._statistics is None or not self._references.start:
+            return None
+        self._chronicle.effective, pairs = self._statistics.measure()
+        for said in self._statistics.judge(self._chronicle.effective, pairs):
+            self.emit(said)
+        return self._statistics.shares()

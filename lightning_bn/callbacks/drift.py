@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from difflib import get_close_matches
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -13,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_bn.findings import Finding
 from lightning_bn.norms import find_batchnorm, residual_closing
 from lightning_bn.parameter_groups import groups_of
-from lightning_bn.rules.affine_drift import Watched, affine_drift
+from lightning_bn.rules.affine_drift import Pace, Watched, affine_drift
 from lightning_bn.rules.collapsed_gamma import SMALL, collapsed_gamma
 from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.stats.batchnorm import Affine, drift
@@ -33,6 +37,22 @@ def affine_of(model: nn.Module) -> dict[str, Affine]:
 
 def drift_by_layer(now: Mapping[str, Affine], *references: Mapping[str, Affine]) -> list[Pairs]:
     """Drift of γ and β from each reference, for the layers that it knows; one transfer brings all to the host."""
+    return measured(now, references)[0]
+
+
+def measured(
+    now: Mapping[str, Affine], references: Sequence[Mapping[str, Affine]], beside: Tensor | None = None
+) -> tuple[list[Pairs], list[float]]:
+    """Drift as :func:`drift_by_layer` gives it, and two more numbers, in one transfer.
+
+    Args:
+        now: present values, by layer.
+        references: values to compare with.
+        beside: ``(2,)``, float32, on any device; None for none.
+
+    Returns:
+        Drift from each reference, and what ``beside`` holds, an empty list for None.
+    """
     pairs = [
         (place, name)
         for place, reference in enumerate(references)
@@ -40,44 +60,99 @@ def drift_by_layer(now: Mapping[str, Affine], *references: Mapping[str, Affine])
         if name in now and reference[name].gamma.shape == now[name].gamma.shape
     ]
     found: list[Pairs] = [{} for _ in references]
+    rows = []
     if pairs:
         here = [now[name] for _, name in pairs]
         there = [references[place][name].to(now[name].gamma.device) for place, name in pairs]
-        for (place, name), (gamma, beta) in zip(pairs, drift(here, there).tolist(), strict=True):
-            found[place][name] = (gamma, beta)
-    return found
+        rows.append(drift(here, there))
+    if beside is not None:
+        rows.append(beside[None].to(rows[0].device) if rows else beside[None])
+    numbers = torch.cat(rows).tolist() if rows else []
+    for (place, name), (gamma, beta) in zip(pairs, numbers, strict=False):
+        found[place][name] = (gamma, beta)
+    return found, numbers[-1] if beside is not None else []
+
+
+class References:
+    """Copies of γ and β on the device of the model, and what the watched metric was."""
+
+    def __init__(self) -> None:
+        self.awaits_start = True
+        """Whether no step of this run was seen."""
+        self.start: dict[str, Affine] = {}
+        """γ and β at the start, by layer."""
+        self.best: dict[str, Affine] = {}
+        """The same at the best validation."""
+        self.watched: Watched | None = None
+        """The metric; None before it was logged."""
+
+    def begin_from(self, model: nn.Module) -> None:
+        """Take the present values for those of the start."""
+        self.awaits_start = False
+        self.start = affine_of(model)
+
+    def validated(self, model: nn.Module, name: str, last: float, epoch: int) -> bool:
+        """A validation is over.
+
+        Args:
+            model: the network.
+            name: name of the metric.
+            last: its value, smaller being better.
+            epoch: epoch of the validation.
+
+        Returns:
+            Whether no validation before was as good.
+        """
+        before = self.watched
+        if before is None or last < before.best or not math.isfinite(before.best):
+            self.best = affine_of(model)
+            self.watched = Watched(name, last, epoch, last)
+            return True
+        self.watched = Watched(name, before.best, before.best_epoch, last)
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and CPU tensors."""
+        watched = asdict(self.watched) if self.watched else None
+        return {"start": stored(self.start), "best": stored(self.best), "watched": watched}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.start, self.best = loaded(state["start"]), loaded(state["best"])
+        self.awaits_start = not self.start
+        self.watched = Watched(**state["watched"]) if state["watched"] else None
 
 
 def of_drift(
     model: nn.Module,
-    references: tuple[Mapping[str, Affine], Mapping[str, Affine]],
-    watched: Watched | None,
+    references: References,
     metric: tuple[str, Sequence[str]],
     optimizers: Sequence[Optimizer],
+    pace: Pace | None = None,
 ) -> Iterator[Finding]:
     """What can be said of γ and β at the end of a fit, and what cannot.
 
     Args:
         model: the network.
-        references: γ and β at the start, and at the best validation.
-        watched: the watched metric; None where it was never logged.
+        references: γ and β at the start and at the best validation, and the watched metric.
         metric: the name that was asked for, and all names that were logged.
         optimizers: what trains the model.
+        pace: speed of γ and β, and their share of the gradient; None where no step was measured.
     """
-    start, best = references
+    start = references.start
     if not find_batchnorm(model):
         yield not_watched("BatchNorm", "the model has no BatchNorm layer")
         return
     if not start:
         yield not_watched("the drift of γ and β", "no BatchNorm layer has both, or no batch was trained on")
         return
-    if watched is None:
+    if references.watched is None:
         name, logged = metric
         nearest = get_close_matches(name, logged, n=3, cutoff=0.0)
         how = f"set watch to a logged metric, such as {', '.join(nearest)}" if nearest else "log a validation loss"
         yield not_watched("the rise of the validation loss", f"watch={name!r} was never logged", how)
-    since_start, since_best = drift_by_layer(affine_of(model), start, best)
-    found = affine_drift(since_start, since_best or None, watched)
+    since_start, since_best = drift_by_layer(affine_of(model), start, references.best)
+    found = affine_drift(since_start, since_best or None, references.watched, pace)
     if found is not None:
         yield found
     yield from collapsed(model, start, optimizers)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from lightning_bn.callbacks.training_batches import cannot_reestimate
 from lightning_bn.findings import Finding
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.quarantine import lazy_tensors
-from lightning_bn.rules.affine_drift import Watched
+from lightning_bn.rules.affine_drift import Pace, Watched
 from lightning_bn.rules.affine_driven_overfitting import affine_driven_overfitting
 from lightning_bn.rules.mismatched_statistics import mismatched_statistics
 from lightning_bn.rules.no_overfitting import no_overfitting
@@ -99,6 +99,18 @@ def cannot_assess(trainer: Trainer, pl_module: LightningModule, watch: str) -> t
     if lazy_tensors(pl_module):  # they may see data in the first batch
         return "", ""
     return cannot_repeat(pl_module, "validation_step") or "", ""
+
+
+def with_pace(finding: Finding, pace: Pace | None) -> Finding:
+    """Put speed and gradient share of γ and β beside the losses that a finding stands on.
+
+    Args:
+        finding: any finding; one that stands on no losses stays as it is.
+        pace: what the measured steps had; None where there were none.
+    """
+    if pace is None or "rise" not in finding.data:
+        return finding
+    return replace(finding, data={**finding.data, **pace.data()})
 
 
 def conclude(

@@ -17,7 +17,7 @@ from lightning_bn.norms import find_batchnorm
 from lightning_bn.rules.noisy_batch_statistics import noisy_batch_statistics
 from lightning_bn.rules.statistics_updated_twice import statistics_updated_twice
 from lightning_bn.stats.attribution import effective_samples
-from lightning_bn.stats.batchnorm import saved_statistics
+from lightning_bn.stats.batchnorm import Batch, saved_statistics
 from lightning_bn.stats.finite import is_measurable
 from lightning_bn.taps import Hear, listen, reachable, tensors_in
 
@@ -39,7 +39,8 @@ class Noise:
 
     def __init__(self, model: nn.Module) -> None:
         seen, _ = reachable(model)
-        self._layers = {name: layer for name, layer in find_batchnorm(model).items() if name in seen}
+        self.layers = {name: layer for name, layer in find_batchnorm(model).items() if name in seen}
+        """BatchNorm layers that hooks reach, by name."""
         self._before: dict[str, Tensor] = {}
         self._now: dict[str, Tensor] = {}
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -58,10 +59,14 @@ class Noise:
         """The batch is over; says whether it was heard."""
         if not self._is_heard:
             return False
-        second = self._batch % EVERY == 1
-        self._measured += second
-        self.end_step(second=second)
+        self._measured += self.is_second
+        self.end_step(second=self.is_second)
         return True
+
+    @property
+    def is_second(self) -> bool:
+        """Whether this batch makes a pair with the one before."""
+        return self._batch % EVERY == 1
 
     @property
     def _is_heard(self) -> bool:
@@ -74,19 +79,30 @@ class Noise:
         Args:
             hear: is called for each output, and is to call :meth:`hear`.
         """
-        counters = {name: layer.num_batches_tracked for name, layer in self._layers.items()}
+        counters = {name: layer.num_batches_tracked for name, layer in self.layers.items()}
         self._tracked = {name: x.clone() for name, x in counters.items() if x is not None}
-        with listen(self._layers, hear):
+        with listen(self.layers, hear):
             yield
 
     def hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """Keep the batch standard deviation of one call; nothing is read on the host."""
+        self.take(name, module, inputs, output)
+
+    def take(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Batch | None:
+        """The same as :meth:`hear`, for who wants to see what was heard.
+
+        Returns:
+            Mean and variance that the layer normalised by, the variance 0 where a channel is constant; None where they
+            are not known, or not of the first call.
+        """
         if module.training:
             self._calls[name] = self._calls.get(name, 0) + 1
-        if name not in self._now and isinstance(module, _BatchNorm) and module.training:
-            found = _deviation(module, inputs, output)
-            if found is not None:
-                self._now[name] = found
+        if name in self._now or not isinstance(module, _BatchNorm) or not module.training:
+            return None
+        found = _statistics(module, inputs, output)
+        if found is not None:
+            self._now[name] = found.var.sqrt()
+        return found
 
     def end_step(self, *, second: bool) -> None:
         """The step is over.
@@ -106,7 +122,7 @@ class Noise:
                 self._pairs[name] = self._pairs.get(name, 0) + 1
         self._before, self._now = {} if second else self._now, {}
         for name, calls in self._calls.items():
-            counter = self._layers[name].num_batches_tracked
+            counter = self.layers[name].num_batches_tracked
             if counter is not None and name in self._tracked:
                 more = counter - self._tracked[name] - calls
                 self._repeated[name] = self._repeated.get(name, torch.zeros_like(more)) + more
@@ -123,7 +139,7 @@ class Noise:
 
     def momentum(self, name: str) -> float | None:
         """That of a layer."""
-        return self._layers[name].momentum
+        return self.layers[name].momentum
 
     def to_plain(self) -> dict[str, tuple[list[float], list[float], int]]:
         """Sums on the host, which add over processes; reads the host."""
@@ -157,14 +173,14 @@ def of_noise(found: Mapping[str, float], pairs: int, noise: Noise) -> Iterator[F
     yield statistics_updated_twice(repeated, noise.momentum(next(iter(repeated))) if repeated else None)
 
 
-def _deviation(module: _BatchNorm, inputs: Any, output: Any) -> Tensor | None:
-    """Batch standard deviation of each channel, ``(C,)``; 0 where it is constant."""
+def _statistics(module: _BatchNorm, inputs: Any, output: Any) -> Batch | None:
+    """Mean and biased variance of each channel of the batch, ``(C,)``; the variance is 0 where it is constant."""
     saved = saved_statistics(output) if isinstance(output, Tensor) else None
     if saved is not None:
-        var = saved[1].detach().square().reciprocal() - module.eps
+        mean, var = saved[0].detach(), saved[1].detach().square().reciprocal() - module.eps
     else:  # under checkpointing, or without gradients
         x = next((x for _, x in tensors_in(inputs)), None)
         if x is None or not is_measurable(x) or x.dim() < 2 or not x.numel():  # noqa: PLR2004  (no batch axis)
             return None
-        var = x.detach().float().var([axis for axis in range(x.dim()) if axis != 1], correction=0)
-    return torch.where(var > CONSTANT * module.eps, var, torch.zeros_like(var)).sqrt()
+        var, mean = torch.var_mean(x.detach().float(), [axis for axis in range(x.dim()) if axis != 1], correction=0)
+    return Batch(mean, torch.where(var > CONSTANT * module.eps, var, torch.zeros_like(var)))

@@ -7,8 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from lightning_bn.findings import Finding, Severity
+from lightning_bn.rules.listing import counted
 
 RULE = "affine-drift"
 
@@ -33,13 +35,48 @@ class Watched:
 Drift = Mapping[str, tuple[float, float]]
 
 
-def affine_drift(since_start: Drift, since_best: Drift | None, watched: Watched | None) -> Finding | None:
+@dataclass(frozen=True)
+class Pace:
+    """What measured optimizer steps did to γ and β.
+
+    Args:
+        speed: for each layer ‖Δγ‖/‖γ‖ and ‖Δβ‖/‖γ‖ of the last measured step; √C stands for ‖γ‖ where γ = 0.
+        share: part of the squared norm of all gradients that fell on γ and β in that step; None where not known.
+        mean_share: its mean over all measured steps.
+        steps: number of these steps.
+    """
+
+    speed: Drift
+    share: float | None = None
+    mean_share: float | None = None
+    steps: int = 0
+
+    def words(self) -> str:
+        """Both in words."""
+        moved = f"in the last measured step {_words(self.speed)}"
+        if self.share is None or self.mean_share is None:
+            return moved
+        return (
+            f"{moved}, and {self.share:.1%} of the squared gradient norm fell on γ and β "
+            f"(mean of {counted(self.steps, 'measured step')}: {self.mean_share:.1%})"
+        )
+
+    def data(self) -> dict[str, Any]:
+        """Over the layers the median of ‖Δγ‖/‖γ‖ and of ‖Δβ‖/‖γ‖, and the mean share."""
+        middles = [_middle(sorted(values, key=_rank)) for values in zip(*self.speed.values(), strict=True)]
+        return {"affine_speed": middles, "affine_gradient_share": self.mean_share}
+
+
+def affine_drift(
+    since_start: Drift, since_best: Drift | None, watched: Watched | None, pace: Pace | None = None
+) -> Finding | None:
     """Say how far γ and β moved; movement alone is no fault and no proof.
 
     Args:
         since_start: for each layer ‖γ − γ₀‖/‖γ₀‖ and ‖β − β₀‖/‖γ₀‖ against the initial values.
         since_best: the same against the values at the best validation; None without a validation.
         watched: the validation metric; None where it was never logged.
+        pace: step-to-step speed and gradient share; None where no step was measured.
 
     Returns:
         An ``info``; None without layers.
@@ -60,11 +97,15 @@ def affine_drift(since_start: Drift, since_best: Drift | None, watched: Watched 
             f"since the best {watched.name} ({watched.best:.4g}, epoch {watched.best_epoch}) {_words(since_best)}, "
             f"while {watched.name} rose by {rise:.3g} ({_percent(rise, watched.best)})"
         )
+    if pace is not None:
+        parts.append(pace.words())
     evidence = "; ".join(parts) + ". Movement alone is not a fault"
     data = {
         "since_start": _pairs(since_start),
         "since_best": _pairs(since_best),
         "watched": vars(watched) if watched else None,
+        "speed": _pairs(pace.speed) if pace else None,
+        "gradient_share": {"last": pace.share, "mean": pace.mean_share, "steps": pace.steps} if pace else None,
     }
     return Finding(RULE, Severity.INFO, evidence, "", data=data)
 

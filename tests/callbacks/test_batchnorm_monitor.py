@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_bn import BatchNormMonitor, Severity
-from lightning_bn.callbacks import batchnorm_monitor
+from lightning_bn.callbacks import drift
 
 
 class Planned(Healthy):
@@ -100,7 +100,7 @@ def test_what_cannot_be_assessed_is_said(make_trainer, build, watch, words):
 def test_a_model_without_batchnorm_is_searched_once_and_not_on_every_step(make_trainer, monkeypatch):
     """What the model does not have is not looked for again: steps that are not due cost nothing."""
     searches = []
-    monkeypatch.setattr(batchnorm_monitor, "affine_of", lambda model: searches.append(model) or {})
+    monkeypatch.setattr(drift, "affine_of", lambda model: searches.append(model) or {})
     make_trainer(BatchNormMonitor(every_n_steps=50)).fit(Healthy(network(norm=False)), loader())
     assert len(searches) == 1
 

@@ -66,7 +66,15 @@ from lightning_bn.rules.saturated_units import saturated_units
 from lightning_bn.rules.shared_overfitting import shared_overfitting
 from lightning_bn.rules.single_sample_statistics import single_sample_statistics
 from lightning_bn.rules.small_momentum import small_momentum
+from lightning_bn.rules.statistics_differ_between_ranks import Apart, statistics_differ_between_ranks
+from lightning_bn.rules.statistics_stopped import Stop, statistics_stopped
 from lightning_bn.rules.statistics_updated_twice import statistics_updated_twice
+from lightning_bn.rules.swapped_batchnorm import (
+    at_initial_statistics,
+    nothing_swapped,
+    other_than_saved,
+    swapped,
+)
 from lightning_bn.rules.tiny_updates import tiny_updates
 from lightning_bn.rules.unmatched_layers import unmatched_layers
 from lightning_bn.rules.unsynchronised_batchnorm import unsynchronised_batchnorm
@@ -131,6 +139,13 @@ def case(first=1.0, last=1.0, stored=1.0, as_trained=1.0, best=1.0, now=1.5):
     return Case("val_loss", 7, losses, 0.2, train_fell=True)
 
 
+def stopped(**how):
+    """The finding about two layers that stopped in one way."""
+    how = {"by_batch": False, "alone": False, "frozen": False, "amid_learning": True, **how}
+    (finding,) = statistics_stopped([Stop("net.1", 20, **how), Stop("net.4", 10, **how)])
+    return finding
+
+
 EXAMPLES = [
     pytest.param(
         "affine-driven-overfitting", affine_driven_overfitting(case(first=1.4, last=1.1)), id="driven by gamma and beta"
@@ -148,6 +163,15 @@ EXAMPLES = [
         "mismatched-statistics", mismatched_statistics(case(as_trained=1.7), "net.2"), id="mismatched statistics"
     ),
     pytest.param("noisy-batch-statistics", noisy_batch_statistics({"net.1": 3.0}, 20), id="noise"),
+    pytest.param(
+        "statistics-differ-between-ranks",
+        statistics_differ_between_ranks({"net.1": Apart(0.3, 50.0, 0.0, 0.1)}, 2),
+        id="ranks",
+    ),
+    pytest.param("statistics-stopped", stopped(by_batch=True), id="stopped, by batch"),
+    pytest.param("statistics-stopped", stopped(by_batch=True, frozen=True), id="stopped, by batch and frozen"),
+    pytest.param("statistics-stopped", stopped(alone=True), id="stopped, alone"),
+    pytest.param("statistics-stopped", stopped(), id="stopped, with others"),
     pytest.param("statistics-updated-twice", statistics_updated_twice({"net.1": 4}, 0.1), id="updated twice"),
     pytest.param("collapsed-gamma", collapsed_gamma("net.1", 9, 16, 0.0, 10.0), id="collapsed gamma"),
     pytest.param("dead-units", dead_units("net.2", 16, 16, 512, None), id="dead units"),
@@ -216,6 +240,7 @@ EXAMPLES = [
     pytest.param("non-finite-parameter", non_finite_parameter("net.0.weight", NAN, spread=False), id="unused"),
     pytest.param("not-initialised", replaced_by_checkpoint("last.ckpt"), id="checkpoint"),
     pytest.param("not-initialised", left_alone("he"), id="second fit"),
+    pytest.param("not-initialised", left_alone("he", same_fit=True), id="second of a fit"),
     pytest.param("not-initialised", could_not_fill({"a.weight": "frozen"}), id="skipped"),
     pytest.param("not-re-estimated", not_reestimated("the step cannot be run again"), id="not re-estimated"),
     pytest.param("not-re-estimated", left_as_they_are({"net.1": "it was not called"}), id="kept statistics"),
@@ -227,6 +252,11 @@ EXAMPLES = [
     pytest.param("lost-callbacks", replaced_callbacks("my.yaml", "my.yaml is read too early"), id="others lost"),
     pytest.param("not-watched", not_watched("the inside of net", "it is compiled", "fit without"), id="not watched"),
     pytest.param("poisoned-running-statistics", poisoned_running_statistics("n", FINE, NAN, used=True), id="poisoned"),
+    pytest.param("swapped-batchnorm", swapped({"net.1": "instance norm"}), id="swapped"),
+    pytest.param("swapped-batchnorm", swapped({"net.1": "instance norm"}, ["net.1"]), id="swapped, trained"),
+    pytest.param("swapped-batchnorm", nothing_swapped(0, 0), id="nothing to swap"),
+    pytest.param("swapped-batchnorm", at_initial_statistics(["net.1"], 1), id="frozen, not trained"),
+    pytest.param("swapped-batchnorm", other_than_saved({"net.1": "a"}, {"net.1": "b"}), id="other groups"),
     pytest.param("unmatched-layers", unmatched_layers("head*", ["had", ""]), id="unmatched"),
     pytest.param("affine-outnumbers-samples", affine_outnumbers_samples(1536, 1536, 100), id="affine alone"),
     pytest.param("batchnorm-in-eval-mode", batchnorm_in_eval_mode(["net.1"], fresh=True), id="eval mode"),
@@ -488,3 +518,29 @@ def test_an_unmatched_pattern_comes_with_the_nearest_names(nearest, names):
     assert "'hed*'" in finding.evidence
     assert finding.advice == f"the nearest names are: {names}"
     assert finding.severity is Severity.WARNING
+
+
+@pytest.mark.parametrize(
+    ("apart", "severity"),
+    [
+        pytest.param(Apart(0.09, 99.0, 0.0, 1.0), None, id="near"),
+        pytest.param(Apart(0.14, 99.0, 0.0, 1.0), Severity.INFO, id="noted"),
+        pytest.param(Apart(0.16, 99.0, 0.0, 1.0), Severity.WARNING, id="far"),
+        pytest.param(Apart(0.16, 3.0, 0.0, 1.0), None, id="far, and not sure"),
+        pytest.param(Apart(0.0, 1.0, 0.16, 99.0), Severity.WARNING, id="stored"),
+        pytest.param(Apart(0.0, 1.0, math.nan, math.nan), None, id="stored ones are not finite"),
+    ],
+)
+def test_processes_apart_are_told_where_it_is_far_and_sure(apart, severity):
+    """Both sides of each threshold, of batches and of stored statistics."""
+    finding = statistics_differ_between_ranks({"a": Apart(0.0, 1.0, 0.0, 1.0), "b": apart}, 2)
+    assert (finding and finding.severity) == severity
+    assert finding is None or finding.layer == "b"
+
+
+def test_layers_that_were_frozen_on_purpose_are_not_said_to_have_stopped():
+    """Eval mode with frozen γ and β, or amid parameters that are not trained."""
+    stop = Stop("a", 1, by_batch=False, alone=False, frozen=False, amid_learning=True)
+    assert statistics_stopped([stop])[0].severity is Severity.WARNING
+    assert statistics_stopped([replace(stop, frozen=True)]) == []
+    assert statistics_stopped([replace(stop, amid_learning=False)]) == []

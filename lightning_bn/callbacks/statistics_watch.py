@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What BatchNorm layers do with their batches, heard in a few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_bn.callbacks.between_ranks import BetweenRanks, Share, compare
+from lightning_bn.callbacks.noise import EVERY, Noise, effective, of_noise
+from lightning_bn.callbacks.standstill import Standstill
+from lightning_bn.findings import Finding
+from lightning_bn.rules.statistics_differ_between_ranks import statistics_differ_between_ranks
+from lightning_bn.rules.statistics_stopped import statistics_stopped
+from lightning_bn.taps import Hear, listen
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+Shares = Mapping[str, Share]
+
+
+class StatisticsWatch:
+    """Noise of the batch statistics, layers that stop updating theirs, and what differs between processes.
+
+    Heard are two batches in a row of every ten until there are enough pairs, and one of ten from then on. The first few
+    are not heard: what compiles in them would compile the hooks too.
+
+    Args:
+        model: the network.
+        processes: number of processes.
+    """
+
+    def __init__(self, model: nn.Module, processes: int = 1) -> None:
+        self.noise = Noise(model)
+        self._layers = self.noise.layers
+        self._still = Standstill(model, self._layers)
+        self._ranks = BetweenRanks() if processes > 1 else None
+        self._batch = 0
+        self._pairs = False  # whether this batch is one of a pair
+
+    def begin_batch(self) -> bool:
+        """Another batch begins; says whether it is to be heard."""
+        self._batch += 1
+        self._still.begin()
+        self._pairs = self.noise.begin_batch()
+        return self._is_heard
+
+    def end_batch(self, step: int) -> bool:
+        """The batch is over; says whether it was heard.
+
+        Args:
+            step: its optimizer step.
+        """
+        heard = self._is_heard
+        if heard:
+            self._still.end_batch(step)
+        if self._pairs:
+            self.noise.end_batch()
+            if self._ranks is not None:
+                self._ranks.end_step()
+        return heard
+
+    @property
+    def _is_heard(self) -> bool:
+        return bool(self._layers) and (self._pairs or self._batch % EVERY == 0)
+
+    def may_end(self, pl_module: LightningModule) -> bool:
+        """Whether nothing more is to be heard of a batch whose backward pass begins.
+
+        Of a pair of batches all calls are counted, and by hand there may be several backward passes.
+
+        Args:
+            pl_module: the model.
+        """
+        return not self._pairs and pl_module.automatic_optimization
+
+    def listening(self, hear: Hear) -> AbstractContextManager[None]:
+        """Have the layers heard while the block lasts.
+
+        Args:
+            hear: is called for each output, and is to call :meth:`hear`.
+        """
+        return self.noise.listening(hear) if self._pairs else listen(self._layers, hear)
+
+    def hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Look at one call; nothing is read on the host."""
+        self._still.hear(name, module)
+        if self._pairs:
+            found = self.noise.take(name, module, inputs, output)
+            if found is not None and self._ranks is not None:
+                self._ranks.add(name, found, second=self.noise.is_second)
+
+    def shares(self) -> Shares:
+        """What this process has for a comparison with the others; reads the host."""
+        return self._ranks.to_plain(self._layers) if self._ranks is not None else {}
+
+    def stopped(self) -> list[Finding]:
+        """Judge the layers that stand still; reads the host."""
+        return statistics_stopped(self._still.stops())
+
+    def measure(self) -> tuple[dict[str, float], int]:
+        """m_eff by layer, and the pairs of steps behind it; reads the host."""
+        return effective(self.noise.to_plain())
+
+    def judge(self, found: Mapping[str, float], pairs: int) -> Iterator[Finding | None]:
+        """Judge what this process heard; reads the host.
+
+        Args:
+            found: m_eff by layer.
+            pairs: pairs of steps behind it.
+        """
+        yield from of_noise(found, pairs, self.noise)
+        yield from self.stopped()
+
+
+def of_ranks(ranks: list[Shares | None]) -> Finding | None:
+    """Judge what the processes have; None also where one has nothing, as where its monitor failed."""
+    known = [rank for rank in ranks if rank]
+    if len(known) < len(ranks) or len(ranks) < 2:  # noqa: PLR2004  (two to compare)
+        return None
+    return statistics_differ_between_ranks(compare(known), len(known))
