@@ -165,6 +165,18 @@ class LateSharded(OwnData):
         return loss + torch.sqrt(loss * 0) if RANK == 1 and batch_idx == 2 else loss
 
 
+class ShardedNorm(OwnData):
+    """FSDP2: each rank holds a part of γ and of β."""
+
+    def __init__(self):
+        super().__init__(network(norm=True))
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  (the same)
+
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 class Halves(Overfits):
     """Each rank has its own samples, in batches of its own size: those that rank 1 validates on are harder."""
 
@@ -248,6 +260,7 @@ SCENARIOS = {
     **{f"skip {kind}": (lambda kind=kind: ([NaNGuard("skip")], Late(kind))) for kind in ("loss", "gradient")},
     "skip first": lambda: ([NaNGuard("skip")], OwnData(plant=True)),
     "late sharded": lambda: ([NaNGuard("raise")], LateSharded()),
+    "sharded norm": lambda: ([BatchNormMonitor()], ShardedNorm()),
     "late validation": lambda: ([NaNGuard("raise")], LateValidation()),
     "precise": lambda: ([PreciseBatchNorm(when="end")], Sharded(norm=True)),
     "precise on rank 0": lambda: ([PreciseBatchNorm(when="end")], NotAgain(norm=True)),
@@ -279,7 +292,7 @@ def weights_of(model: LightningModule) -> float:
 
 
 def strategy_of(scenario: str) -> DDPStrategy | ModelParallelStrategy:
-    if scenario == "late sharded":
+    if "sharded" in scenario:
         return ModelParallelStrategy(
             data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo", timeout=timedelta(seconds=60)
         )

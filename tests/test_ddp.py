@@ -214,6 +214,17 @@ def test_sharded_gradients_are_agreed_on_before_any_rank_raises(tmp_path):
     assert ranks[0]["finite"] and ranks[1]["finite"]  # noqa: PT018
 
 
+def test_sharded_affine_parameters_are_not_followed_and_a_note_says_so(tmp_path):
+    """Under FSDP2 no process has all of γ and β: their drift is not watched, and the monitor goes on."""
+    ranks = run("sharded norm", tmp_path)
+    assert [rank["off"] for rank in ranks] == [[False], [False]]
+    assert ranks[0]["steps"] == ranks[1]["steps"] == 8
+    evidence = {finding.rule: finding.evidence for finding in read_findings(tmp_path / "run" / "version_0")}
+    assert "monitor-failed" not in evidence
+    assert "sharded over processes" in evidence["not-watched"]
+    assert "not-assessed" in evidence
+
+
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_skip_drops_the_step_on_all_ranks(tmp_path, kind):
     """A bad batch on one rank is dropped on both: training goes on with equal and finite weights and statistics."""

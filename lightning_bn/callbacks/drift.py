@@ -27,11 +27,12 @@ Pairs = dict[str, tuple[float, float]]
 
 
 def affine_of(model: nn.Module) -> dict[str, Affine]:
-    """Copies of γ and β of every BatchNorm layer that has both, by layer."""
+    """Copies of γ and β of every BatchNorm layer that has both, in one piece, by layer."""
     return {
         name: Affine.of(layer.weight, layer.bias)
         for name, layer in find_batchnorm(model).items()
         if layer.weight is not None and layer.bias is not None and not is_lazy(layer.weight)
+        if not _is_sharded(layer)
     }
 
 
@@ -143,8 +144,11 @@ def of_drift(
     if not find_batchnorm(model):
         yield not_watched("BatchNorm", "the model has no BatchNorm layer")
         return
+    sharded = any(map(_is_sharded, find_batchnorm(model).values()))
+    if sharded or not start:
+        missing = "no BatchNorm layer has both, or no batch was trained on"
+        yield not_watched("the drift of γ and β", "they are sharded over processes" if sharded else missing)
     if not start:
-        yield not_watched("the drift of γ and β", "no BatchNorm layer has both, or no batch was trained on")
         return
     if references.watched is None:
         name, logged = metric
@@ -177,6 +181,11 @@ def collapsed(model: nn.Module, start: Mapping[str, Affine], optimizers: Sequenc
         found = collapsed_gamma(name, small, len(now.gamma), first / len(now.gamma), decays.get(name))
         if found is not None:
             yield found
+
+
+def _is_sharded(layer: nn.Module) -> bool:
+    """Whether this process holds but a part of γ or β, a DTensor."""
+    return any(hasattr(parameter, "to_local") for parameter in layer.parameters(recurse=False))
 
 
 def stored(values: Mapping[str, Affine]) -> dict[str, list[Tensor]]:
