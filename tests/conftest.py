@@ -11,6 +11,8 @@ from hosting import Hosting
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+collect_ignore = ["hosts"]  # projects of somebody else's, with no tests of ours in them
+
 torch.set_num_threads(1)  # a worker for each core: more threads than cores wait for each other
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 

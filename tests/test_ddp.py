@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from processes import in_two_processes
 from specimens import FEATURES, Healthy, loader, network
 from test_precise import by_loop
 from torch import nn
@@ -24,17 +22,9 @@ pytestmark = pytest.mark.slow
 
 def run(scenario, root):
     """Start both processes; their reports by rank."""
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), scenario, str(root)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    printed = in_two_processes(SCRIPT, scenario, root, root=root)
     reports = sorted(Path(root).glob("rank*.json"))
-    assert len(reports) == 2, (done.stdout + done.stderr)[-4000:]
+    assert len(reports) == 2, printed
     return [json.loads(report.read_text()) for report in reports]
 
 

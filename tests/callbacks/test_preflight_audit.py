@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from harm import Busy, Manual, assert_identical, everything_after
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
+from processes import in_two_processes
 from specimens import (
     CLASSES,
     FEATURES,
@@ -640,11 +639,8 @@ RANKS = {
 def test_two_processes_report_once_and_together(tmp_path, scenario):
     """The first rank says what it sees, and what only the other one sees with its rank; none waits for the other."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(tmp_path / "script.py"), scenario, str(tmp_path)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    printed = in_two_processes(tmp_path / "script.py", scenario, tmp_path, root=tmp_path)
     reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
-    assert len(reports) == 2, (done.stdout + done.stderr)[-4000:]
+    assert len(reports) == 2, printed
     assert [report["steps"] for report in reports] == [1, 1]
     assert tuple(report["found"] for report in reports) == RANKS[scenario]

@@ -17,6 +17,7 @@ import torch
 from harm import Busy, assert_identical, everything_after
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from processes import in_two_processes
 from specimens import BuiltInConfigureModel, BuiltInSetup, Healthy, loader, network
 from swap_script import Convolutional
 from torch import nn
@@ -632,18 +633,11 @@ def test_bad_arguments_are_refused(arguments, words):
         SwapBatchNorm(**arguments)
 
 
-def two_processes(scenario, root, ranks=2):
+def two_processes(scenario, root):
     """Start both processes; their reports by rank."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), scenario, str(root)],
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    printed = in_two_processes(SCRIPT, scenario, root, root=root)
     reports = sorted(Path(root).glob("rank*.json"))
-    assert len(reports) == ranks, (done.stdout + done.stderr)[-4000:]
+    assert len(reports) == 2, printed
     return [json.loads(report.read_text()) for report in reports]
 
 
@@ -675,7 +669,10 @@ def test_sharded_layers_are_refused_on_both_ranks(tmp_path):
 @pytest.mark.slow
 def test_what_spawned_processes_cannot_give_back_is_said(tmp_path):
     """A copy is swapped and trains; the model of the calling process gets its weights and keeps BatchNorm."""
-    (report,) = two_processes("spawned", tmp_path, ranks=1)
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-W", "ignore", str(SCRIPT), "spawned", str(tmp_path)]
+    subprocess.run(words, env=environment, capture_output=True, timeout=240, check=True)
+    report = json.loads((tmp_path / "rank0.json").read_text())
     assert report["batchnorm"] == ["net.1", "net.4"]
     (finding,) = read_findings(tmp_path)
     assert "the model that was given to fit keeps BatchNorm" in finding.evidence
