@@ -13,7 +13,7 @@ from lightning_bn.callbacks.base import Monitor, epoch_of, gather_objects, is_du
 from lightning_bn.callbacks.chronicle import Chronicle
 from lightning_bn.callbacks.drift import References, affine_of, drift_by_layer, of_drift
 from lightning_bn.callbacks.evidence import Evidence
-from lightning_bn.callbacks.judgement import cannot_assess, conclude, with_pace
+from lightning_bn.callbacks.judgement import cannot_assess, conclude, metric_of, with_pace
 from lightning_bn.callbacks.response import Action, Response, check_action
 from lightning_bn.callbacks.speed import Speed
 from lightning_bn.callbacks.statistics_watch import Shares, StatisticsWatch, of_ranks
@@ -180,7 +180,7 @@ class BatchNormMonitor(Monitor):
         """Keep γ, β and weights of the best validation; called by Lightning."""
         if trainer.sanity_checking or self._live is None:
             return
-        last = self._value(trainer)
+        last = None if self.off else metric_of(trainer, self.watch)
         if self._assesses:  # outside the shield: the first rank's number counts, so that all keep the same weights
             last = gather_objects(trainer, last)[0]
         self._compare(trainer, pl_module, last)
@@ -232,6 +232,11 @@ class BatchNormMonitor(Monitor):
         """Everything but batches, weights and layers."""
         return {**super().__getstate__(), "_evidence": None, "_statistics": None}
 
+    def _end(self) -> None:
+        super()._end()
+        if self._evidence is not None:
+            self._evidence.drop_batches()
+
     def _keep(self, offer: Any, *batch: Any) -> None:
         try:
             offer(*batch)
@@ -243,11 +248,6 @@ class BatchNormMonitor(Monitor):
     def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._statistics is not None:
             self._statistics.hear(name, module, inputs, output)
-
-    @shielded
-    def _value(self, trainer: Trainer) -> float | None:
-        value = trainer.callback_metrics.get(self.watch)
-        return None if value is None else float(value)
 
     @shielded
     def _compare(self, trainer: Trainer, pl_module: LightningModule, last: float | None) -> None:

@@ -127,6 +127,10 @@ class Evidence:
             modes=self._modes,
         )
 
+    def drop_batches(self) -> None:
+        """Give back the memory of the batches; the weights of the best validation stay."""
+        self._training, self._validation, self._modes = TrainingBatches(*self._bounds), {}, {}
+
     def state_dict(self) -> dict[str, Any]:
         """Plain types and CPU tensors; batches are kept anew."""
         weights = self.best.state_dict() if self.best is not None else None

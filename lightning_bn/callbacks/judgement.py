@@ -101,6 +101,12 @@ def cannot_assess(trainer: Trainer, pl_module: LightningModule, watch: str) -> t
     return cannot_repeat(pl_module, "validation_step") or "", ""
 
 
+def metric_of(trainer: Trainer, name: str) -> float | None:
+    """Value of a logged metric, read from the device; None where it was not logged."""
+    value = trainer.callback_metrics.get(name)
+    return None if value is None else float(value)
+
+
 def with_pace(finding: Finding, pace: Pace | None) -> Finding:
     """Put speed and gradient share of γ and β beside the losses that a finding stands on.
 

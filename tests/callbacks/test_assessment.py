@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lightning_bn import BatchNormMonitor, PreciseBatchNorm
+from lightning_bn.callbacks.training_batches import TrainingBatches
 
 ILLNESSES = {
     "γ and β overfit": (ThroughAffine, {}, 25, [DRIVEN]),
@@ -289,12 +291,15 @@ def test_precise_statistics_do_not_hide_overfitting_and_are_not_called_wrong(mak
 
 
 def test_the_findings_are_on_disk_and_the_batches_are_let_go(make_trainer):
-    """The verdict is a line of the file; a copy of the callback holds no batches."""
+    """The verdict is a line of the file; after the fit no batch is held, by the callback or by a copy of it."""
     monitor = BatchNormMonitor()
     trainer = make_trainer(monitor, max_epochs=15)
     run(trainer)
     assert ELSEWHERE in (Path(trainer.log_dir) / "lightning_bn" / "findings.jsonl").read_text()
     assert copy.deepcopy(monitor)._evidence is None
+    held = [x for x in gc.get_objects() if type(x) is TrainingBatches and x.kept]
+    assert held == []
+    assert monitor.state_dict()["evidence"]["best"]  # the weights of the best validation stay, for a checkpoint
 
 
 def test_unequal_batches_count_by_their_samples(make_trainer):
