@@ -192,5 +192,4 @@ def deep_networks(rows: list[Row]) -> Verdict:
         + ", ".join(f"{top:.2f} at depth {depth}" for depth, top in tops.items())
         + f"; on the way back the first gradient grows by {between(growths)} a layer with BatchNorm under every "
         f"start, by {between(bare)} under He without",
-        "BatchNorm itself makes gradients explode with depth (Yang et al. 2019, arXiv 1902.08129, abstract)",
     )
