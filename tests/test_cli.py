@@ -84,9 +84,9 @@ def test_a_fault_ends_with_the_table_and_a_short_error(tmp_path):
 
 def test_a_saved_step_is_run_again_by_replay(tmp_path, host, capsys):
     """``lightning-bn replay FILE`` names operation and line, ends with 1, and trains and writes nothing."""
-    (tmp_path / "sick.py").write_text(SICK)
+    (tmp_path / "broken.py").write_text(SICK)
     host.monkeypatch.syspath_prepend(tmp_path)
-    model = (*("--config", "lbn://digits"), *("--model", "sick.Net"))
+    model = (*("--config", "lbn://digits"), *("--model", "broken.Net"))
     guard = ("--trainer.callbacks", "lightning_bn.NaNGuard", "--trainer.callbacks.save_batch", "true")
     assert host.command("fit", *model, *guard) != 0
     (path,) = tmp_path.rglob("batch_validation_step0_rank0.pt")
@@ -94,7 +94,7 @@ def test_a_saved_step_is_run_again_by_replay(tmp_path, host, capsys):
     done = run(tmp_path, "-m", "lightning_bn", "replay", path, *model, check=False)
     assert done.returncode == 1
     assert "invalid-operation" in done.stdout
-    assert "sick.py:7 in forward" in done.stdout
+    assert "broken.py:7 in forward" in done.stdout
     assert [entry for entry in sorted(tmp_path.rglob("*")) if "pycache" not in str(entry)] == [
         entry for entry in before if "pycache" not in str(entry)
     ]
