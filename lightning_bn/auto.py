@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,17 +30,21 @@ def factory() -> list[Monitor]:
 
     Returns:
         Those of the recipes that ``LIGHTNING_BN`` names; and, for the first Trainer of a process whose command line
-        names callbacks of this package, a witness that they get there. Where something is wrong with them the list is
-        empty and a message is on stderr.
+        names callbacks of this package, a witness that they get there. Where something is wrong with either,
+        a message on stderr takes its place.
     """
     words = os.environ.get(VARIABLE, "").strip()
-    found: list[Monitor] = []
+    asked = _safely(f"{VARIABLE}={words} attaches nothing", lambda: [] if words in NOTHING else attach(words))
+    return asked + _safely("whether callbacks of a config got lost is not watched", _witness)
+
+
+def _safely(failing: str, make: Callable[[], list[Monitor]]) -> list[Monitor]:
+    """What a function makes; where it fails nothing, and a message, as an error would stop every Trainer."""
     try:
-        found += [] if words in NOTHING else attach(words)
-        found += _witness()
-    except Exception as error:  # noqa: BLE001  (it would stop every Trainer on the machine)
-        print(f"lightning_bn: {VARIABLE}={words} attaches nothing: {error}", file=sys.stderr)  # noqa: T201
-    return found
+        return make()
+    except Exception as error:  # noqa: BLE001  (whatever it is)
+        print(f"lightning_bn: {failing}: {error}", file=sys.stderr)  # noqa: T201
+        return []
 
 
 def attach(words: str) -> list[Monitor]:

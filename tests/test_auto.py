@@ -8,9 +8,14 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
+from specimens import FEATURES, Healthy, loader
+from torch.utils.data import DataLoader
 
 from lightning_bn import auto, catalogue, diagnose
+from lightning_bn.callbacks.witness import Witness
+from lightning_bn.promises import Promise
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +137,22 @@ def test_one_trainer_of_a_process_has_the_witness(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", "mine.yaml"])
     assert names(auto.factory()) == ["Witness"]
     assert auto.factory() == []
+
+
+def test_a_wrong_name_does_not_take_the_witness_away(monkeypatch, tmp_path, capsys):
+    """What the variable asks for and what the command line names are looked at apart from each other."""
+    (tmp_path / "mine.yaml").write_text(catalogue.text("why_nan"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", "mine.yaml"])
+    monkeypatch.setenv(auto.VARIABLE, "nosuch")
+    assert names(auto.factory()) == ["Witness"]
+    assert "LIGHTNING_BN=nosuch attaches nothing" in capsys.readouterr().err
+
+
+def test_predictions_lose_nothing(make_trainer, capsys):
+    """The witness compares when something that ours would watch begins, and is silent in ``predict``."""
+    witness = Witness([Promise("mine.yaml", ("NaNGuard",))])
+    trainer = make_trainer(witness)
+    trainer.predict(Healthy(), DataLoader(torch.randn(4, FEATURES)))
+    assert "lightning_bn" not in capsys.readouterr().err
+    trainer.validate(Healthy(), loader(), verbose=False)
+    assert [finding.rule for finding in witness.findings] == ["lost-callbacks"]

@@ -31,8 +31,9 @@ class Witness(Monitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compare, once; called by Lightning."""
         super().setup(trainer, pl_module, stage)
-        self._compare(trainer)
-        self.promises = ()
+        if stage in self.stages:  # predictions, which nothing of ours watches, lose nothing
+            self._compare(trainer)
+            self.promises = ()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a checkpoint does not change by what was looked at; called by Lightning."""

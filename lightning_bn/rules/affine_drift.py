@@ -53,7 +53,8 @@ class Pace:
 
     def words(self) -> str:
         """Both in words."""
-        moved = f"in the last measured step {_words(self.speed)}"
+        gamma, beta = (f"{100 * value:.2g}%" for value in self._middles())
+        moved = f"in the last measured step γ moved by {gamma} of its norm (median), β by {beta}"
         if self.share is None or self.mean_share is None:
             return moved
         return (
@@ -63,8 +64,10 @@ class Pace:
 
     def data(self) -> dict[str, Any]:
         """Over the layers the median of ‖Δγ‖/‖γ‖ and of ‖Δβ‖/‖γ‖, and the mean share."""
-        middles = [_middle(sorted(values, key=_rank)) for values in zip(*self.speed.values(), strict=True)]
-        return {"affine_speed": middles, "affine_gradient_share": self.mean_share}
+        return {"affine_speed": self._middles(), "affine_gradient_share": self.mean_share}
+
+    def _middles(self) -> list[float]:
+        return [_middle(list(values)) for values in zip(*self.speed.values(), strict=True)]
 
 
 def affine_drift(
