@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.stats.finite import NOTHING, Census, census, first_bad_index, is_measurable, read
-from lightning_bn.taps import choose, listen, plain_name, tensors_in
+from lightning_bn.taps import COMPILED, choose, listen, plain_name, tensors_in
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,13 @@ class Recorder:
         model: the network.
         batch: the batch that it is about to see, any nested container.
         compiled: whether the model as a whole is compiled, so that no module can be listened to.
+        eager: whether compiled modules will run eagerly, where they are heard like any others.
     """
 
-    def __init__(self, model: nn.Module, batch: Any, *, compiled: bool = False) -> None:
-        choice = choose(model, leaves_only=False)
+    def __init__(self, model: nn.Module, batch: Any, *, compiled: bool = False, eager: bool = False) -> None:
+        choice = choose(model, leaves_only=False, eager=eager)
         self.layers = {} if compiled else choice.layers
-        self.unseen = {"": "it is compiled (torch.compile)"} if compiled else choice.unseen
+        self.unseen = {"": COMPILED} if compiled else choice.unseen
         self._norms = find_batchnorm(model)
         self._names = {id(x): plain_name(name) for name, x in model.named_parameters()}
         self._expected: dict[int, list[_Came]] = {}

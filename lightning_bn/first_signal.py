@@ -29,10 +29,11 @@ class SignalRecorder:
 
     Args:
         model: the network. Measured are modules without submodules, each in its first call.
+        eager: whether compiled modules will run eagerly, where they are heard like any others.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        choice = choose(model)
+    def __init__(self, model: nn.Module, *, eager: bool = False) -> None:
+        choice = choose(model, eager=eager)
         self.layers = choice.layers
         self.unseen = choice.unseen
         self._measured: dict[str, tuple[int, Tensor]] = {}

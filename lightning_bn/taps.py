@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 FAST_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+COMPILED = "it is compiled (torch.compile)"
+"""Why hooks do not reach a module, and all below it, unless it is run eagerly."""
 
 _deaf_blocks: ContextVar[int] = ContextVar("_deaf_blocks", default=0)
 """How many blocks of :func:`deaf` this thread is in."""
@@ -43,7 +45,9 @@ class Choice:
     unseen: dict[str, str]
 
 
-def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only: bool = True) -> Choice:
+def choose(
+    model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only: bool = True, eager: bool = False
+) -> Choice:
     """Choose modules of a model.
 
     Args:
@@ -54,6 +58,7 @@ def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only:
             name but the name of a class of some stands for these. ``None`` chooses every module that ``leaves_only``
             admits.
         leaves_only: without globs, choose only modules without submodules.
+        eager: whether compiled modules will be run eagerly, where hooks reach them like any others.
 
     Returns:
         The choice. Metrics of torchmetrics are never chosen: they are no layers. Compiled and scripted modules are
@@ -63,7 +68,7 @@ def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only:
         >>> list(choose(nn.Sequential(nn.Linear(1, 1), nn.ReLU()), ["*0"]).layers)
         ['0']
     """
-    layers, unseen = reachable(model)
+    layers, unseen = reachable(model, eager=eager)
     if globs is None:
         leaves = {name: module for name, module in layers.items() if not (leaves_only and _has_children(module))}
         return Choice(leaves, {}, _tops(unseen))
@@ -81,8 +86,13 @@ def choose(model: nn.Module, globs: Sequence[str] | None = None, *, leaves_only:
     return Choice(wanted, unmatched, _tops(hidden))
 
 
-def reachable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules that hooks can reach now, by name, and those that they cannot, with the reason."""
+def reachable(model: nn.Module, *, eager: bool = False) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules that hooks can reach now, by name, and those that they cannot, with the reason.
+
+    Args:
+        model: the network.
+        eager: whether compiled modules will be run eagerly.
+    """
     layers: dict[str, nn.Module] = {}
     unseen: dict[str, str] = {}
     hidden: dict[str, str] = {}  # compiled and scripted modules
@@ -92,6 +102,7 @@ def reachable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
             metrics.append(path)
             continue
         reason = next((why for top, why in hidden.items() if is_below(path, top)), None) or _unreachable(module)
+        reason = None if eager and reason == COMPILED else reason
         if reason is None:
             layers[plain_name(path)] = module
         else:
@@ -240,7 +251,7 @@ def _unreachable(module: nn.Module) -> str | None:
         return "it is a ScriptModule"
     # OptimizedModule is recognised by its one child: naming its class would import torch._dynamo.
     if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:  # noqa: SLF001
-        return "it is compiled (torch.compile)"
+        return COMPILED
     if isinstance(module, FAST_IN_EVAL) and not module.training:
         return "torch takes another way through it in eval mode while nothing listens"
     return None

@@ -10,19 +10,18 @@ from lightning_bn.callbacks.arguments import check_flag, check_interval, check_s
 from lightning_bn.callbacks.base import (
     Monitor,
     gather_objects,
-    is_compiled,
     log_interval,
     shielded,
     step_of,
     window_closes,
 )
+from lightning_bn.callbacks.eager_pass import reach
 from lightning_bn.callbacks.layer_watch import OFF, REST, SPENT, LayerWatch
+from lightning_bn.callbacks.rehearsal import rehearse
 from lightning_bn.callbacks.turns import Turns
 from lightning_bn.callbacks.updates import Updates
-from lightning_bn.callbacks.verdicts import of_choice
 from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.sinks import Loggers
-from lightning_bn.taps import choose
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -132,15 +131,14 @@ class ActivationMonitor(Monitor):
         """Choose the layers; called by Lightning."""
         # Not in setup: layers may not exist yet, and SyncBatchNorm conversion would replace them.
         self._forget()
-        choice = choose(pl_module, self.layers)
-        layers = {} if is_compiled(pl_module) else choice.layers
-        for finding in of_choice(choice, compiled=is_compiled(pl_module)):
+        heard = reach(trainer, pl_module, self.layers, gradients=self._feels_gradients)
+        for finding in (*heard.findings, self._turns.never(trainer)):
             self.emit(finding)
-        self.emit(self._turns.never(trainer))
-        if not layers:
+        if not heard.layers:
             return
-        feel = self._feel if self._feels_gradients else None
-        self._watch = LayerWatch(pl_module, layers, pl_module.device, ranked=self.effective_rank, feel=feel)
+        how: dict[str, Any] = {"ranked": self.effective_rank, "eager": heard.eager}
+        feel = self._feel if self._feels_gradients and not heard.eager else None
+        self._watch = LayerWatch(pl_module, heard.layers, pl_module.device, feel=feel, **how)
         self._updates = Updates(pl_module) if self.parameters else None
         loads = {"windows": self._watch.resume, "pictures": self._album.load_state_dict}
         for name, state in self._restored.items():
@@ -159,7 +157,7 @@ class ActivationMonitor(Monitor):
         if self._is_due_now:
             self._turns.budget.begin()
             with self._turns.budget:
-                self._listen(trainer, pl_module)
+                self._listen(trainer, pl_module, batch, batch_idx)
 
     @shielded
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -237,11 +235,13 @@ class ActivationMonitor(Monitor):
         return {**super().__getstate__(), "_watch": None, "_updates": None}
 
     @shielded
-    def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _listen(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.live.hooks.close()
-        if self._watch is not None:
-            binned = self._album.binned(step_of(trainer), log_interval(trainer))
-            self.live.hooks.enter_context(self._watch.listen(pl_module, self._hear, binned))
+        watch, binned = self._watch, self._album.binned(step_of(trainer), log_interval(trainer))
+        if watch is not None and watch.eager:
+            rehearse(trainer, pl_module, batch, batch_idx, watch.listen(pl_module, watch.hear, binned))
+        elif watch is not None:
+            self.live.hooks.enter_context(watch.listen(pl_module, self._hear, binned))
 
     @shielded
     def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -33,11 +33,12 @@ class FirstLook:
         batch: what it is about to see.
         tag: TensorBoard tag of the report.
         title: first line of the report.
+        eager: whether a pass is heard in which compiled modules run eagerly.
     """
 
-    def __init__(self, pl_module: LightningModule, batch: Any, tag: str, title: str) -> None:
-        self._recorder = Recorder(pl_module, batch, compiled=is_compiled(pl_module))
-        self._signal = SignalRecorder(pl_module)
+    def __init__(self, pl_module: LightningModule, batch: Any, tag: str, title: str, *, eager: bool = False) -> None:
+        self._recorder = Recorder(pl_module, batch, compiled=is_compiled(pl_module) and not eager, eager=eager)
+        self._signal = SignalRecorder(pl_module, eager=eager)
         self._tag, self._title = tag, title
         self.layers = self._recorder.layers
         self.seen: Pass | None = None

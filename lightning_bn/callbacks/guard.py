@@ -14,6 +14,7 @@ from lightning_bn.callbacks.black_box import pack, write_case
 from lightning_bn.callbacks.console import print_above_bar
 from lightning_bn.callbacks.first_look import FirstLook
 from lightning_bn.callbacks.inquest import Course, Verdict, inquire, statistics_faults
+from lightning_bn.callbacks.rehearsal import rehearse
 from lightning_bn.callbacks.retrace import Case
 from lightning_bn.callbacks.snapshot import Snapshot
 from lightning_bn.callbacks.watch import LossReader, are_bad, statistics_in
@@ -94,6 +95,15 @@ class Guard(Monitor):
         self.live.hooks.close()
         self._watch.look = look
         self.live.hooks.enter_context(listen(look.layers, self._hear, self._expect))
+
+    @shielded
+    def _listen_apart(self, trainer: Trainer, pl_module: LightningModule, case: Case, look: FirstLook) -> None:
+        """Listen to a pass of its own, which runs compiled modules eagerly and leaves no trace."""
+        self._watch.look = look
+        try:
+            rehearse(trainer, pl_module, case.batch, case.batch_idx, listen(look.layers, self._hear, self._expect))
+        except Exception as error:  # noqa: BLE001  (an exception of the user's own will come again in the real step)
+            self.emit(not_watched("a part of the first forward pass", f"{type(error).__name__}: {error}"))
 
     @shielded
     def _expect(self, name: str, module: torch.nn.Module, inputs: Any) -> None:

@@ -63,6 +63,7 @@ class LayerWatch:
         ranked: whether the effective rank of the outputs of layers with weights and of activations is wanted.
         feel: is called for each gradient with respect to an output, and is to call :meth:`feel`; None where none are
             wanted.
+        eager: whether the layers are heard in passes of their own, which run compiled parts eagerly.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class LayerWatch:
         *,
         ranked: bool = False,
         feel: Feel | None = None,
+        eager: bool = False,
     ) -> None:
-        self._heard = False
+        self._heard, self.eager = False, eager
         self.layers = dict(layers)
         axes, kinds = channel_axes(model), {name: kind_of(module) for name, module in layers.items()}
         self._kinds = {name: (kind, axes[layers[name]]) for name, kind in kinds.items() if kind}
@@ -107,7 +109,7 @@ class LayerWatch:
         """
         self._ear.binned = binned
         # Modules may have gone into eval mode meanwhile.
-        within = reachable(model)[0] if self._fickle else self.layers
+        within = reachable(model, eager=self.eager)[0] if self._fickle else self.layers
         try:
             with ExitStack() as self._forward:
                 layers = {name: module for name, module in self.layers.items() if name in within}

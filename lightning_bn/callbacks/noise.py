@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.callbacks.hidden_batches import CONSTANT, HiddenBatches
 from lightning_bn.findings import Finding
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.rules.noisy_batch_statistics import noisy_batch_statistics
@@ -19,12 +20,10 @@ from lightning_bn.rules.statistics_updated_twice import statistics_updated_twice
 from lightning_bn.stats.attribution import effective_samples
 from lightning_bn.stats.batchnorm import Batch, saved_statistics
 from lightning_bn.stats.finite import is_measurable
-from lightning_bn.taps import Hear, listen, reachable, tensors_in
+from lightning_bn.taps import COMPILED, Hear, listen, reachable, tensors_in
 
 EVERY, MOST_PAIRS = 10, 64
 """Two of so many batches are measured, until there are so many pairs."""
-CONSTANT = 10.0
-"""A channel whose variance is below so many times ε says nothing about the batch."""
 
 
 class Noise:
@@ -35,12 +34,17 @@ class Noise:
 
     Args:
         model: the network.
+        compiled: whether it is compiled as a whole. The statistics of layers that are compiled come from what the step
+            did to the running ones.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        seen, _ = reachable(model)
-        self.layers = {name: layer for name, layer in find_batchnorm(model).items() if name in seen}
+    def __init__(self, model: nn.Module, *, compiled: bool = False) -> None:
+        seen, unseen = ({}, {}) if compiled else reachable(model)
+        layers = find_batchnorm(model)
+        self.layers = {name: layer for name, layer in layers.items() if name in seen}
         """BatchNorm layers that hooks reach, by name."""
+        hidden = {name: layer for name, layer in layers.items() if compiled or unseen.get(name) == COMPILED}
+        self.hidden = HiddenBatches(hidden)
         self._before: dict[str, Tensor] = {}
         self._now: dict[str, Tensor] = {}
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -53,6 +57,8 @@ class Noise:
     def begin_batch(self) -> bool:
         """Another batch begins; says whether it is to be heard."""
         self._batch += 1
+        if self._is_heard:
+            self.hidden.begin()
         return self._is_heard
 
     def end_batch(self) -> bool:
@@ -102,6 +108,12 @@ class Noise:
         found = _statistics(module, inputs, output)
         if found is not None:
             self._now[name] = found.var.sqrt()
+        return found
+
+    def take_hidden(self) -> dict[str, Batch]:
+        """The same of the layers that are compiled, when the batch is over."""
+        found = self.hidden.end()
+        self._now |= {name: batch.var.sqrt() for name, batch in found.items()}
         return found
 
     def end_step(self, *, second: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_bn.precise import eagerly
@@ -19,7 +19,13 @@ KNOWN_OF_A_LOGGER = ("name", "version", "save_dir", "log_dir", "root_dir")
 """What a silent logger answers as the real one does: a step may build a path of it."""
 
 
-def rehearse(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
+def rehearse(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    batch: Any,
+    batch_idx: int,
+    listening: AbstractContextManager[Any] | None = None,
+) -> Any:
     """Run ``training_step`` on a batch in quarantine: the real step that follows will compute the same, bit for bit.
 
     The step runs on a copy of the batch, under the trainer's precision, with silent loggers, eagerly where the model
@@ -31,6 +37,7 @@ def rehearse(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx
         pl_module: its model.
         batch: what ``training_step`` gets, on the model's device.
         batch_idx: its number in the epoch.
+        listening: the block of a :func:`~lightning_bn.taps.listen` that is to hear the step; None where nobody is.
 
     Returns:
         What ``training_step`` returned. To run a backward pass on it, be in a ``quarantine`` of your own.
@@ -43,7 +50,7 @@ def rehearse(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx
     if reason is not None:
         raise ValueError(f"pl_module must have a training_step that can be rehearsed, but {reason}")
     step = pl_module.training_step
-    with apart(trainer, pl_module):
+    with apart(trainer, pl_module), listening or nullcontext():
         args, kwargs = arguments(step, copied(batch), batch_idx)
         with trainer.precision_plugin.train_step_context():
             return step(*args, **kwargs)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_bn.callbacks.base import is_compiled
 from lightning_bn.callbacks.between_ranks import BetweenRanks, Share, compare
 from lightning_bn.callbacks.noise import EVERY, Noise, effective, of_noise
 from lightning_bn.callbacks.standstill import Standstill
 from lightning_bn.findings import Finding
 from lightning_bn.rules.statistics_differ_between_ranks import statistics_differ_between_ranks
 from lightning_bn.rules.statistics_stopped import statistics_stopped
+from lightning_bn.stats.batchnorm import Batch
 from lightning_bn.taps import Hear, listen
 
 if TYPE_CHECKING:
@@ -27,15 +29,16 @@ class StatisticsWatch:
     """Noise of the batch statistics, layers that stop updating theirs, and what differs between processes.
 
     Heard are two batches in a row of every ten until there are enough pairs, and one of ten from then on. The first few
-    are not heard: what compiles in them would compile the hooks too.
+    are not heard: what compiles in them would compile the hooks too. Of compiled layers the noise alone is known, and
+    what differs between processes.
 
     Args:
         model: the network.
         processes: number of processes.
     """
 
-    def __init__(self, model: nn.Module, processes: int = 1) -> None:
-        self.noise = Noise(model)
+    def __init__(self, model: LightningModule, processes: int = 1) -> None:
+        self.noise = Noise(model, compiled=is_compiled(model))
         self._layers = self.noise.layers
         self._still = Standstill(model, self._layers)
         self._ranks = BetweenRanks() if processes > 1 else None
@@ -59,6 +62,8 @@ class StatisticsWatch:
         if heard:
             self._still.end_batch(step)
         if self._pairs:
+            for name, found in self.noise.take_hidden().items():
+                self._compare(name, found)
             self.noise.end_batch()
             if self._ranks is not None:
                 self._ranks.end_step()
@@ -66,7 +71,7 @@ class StatisticsWatch:
 
     @property
     def _is_heard(self) -> bool:
-        return bool(self._layers) and (self._pairs or self._batch % EVERY == 0)
+        return bool(self._layers or self.noise.hidden.layers) and (self._pairs or self._batch % EVERY == 0)
 
     def may_end(self, pl_module: LightningModule) -> bool:
         """Whether nothing more is to be heard of a batch whose backward pass begins.
@@ -91,12 +96,17 @@ class StatisticsWatch:
         self._still.hear(name, module)
         if self._pairs:
             found = self.noise.take(name, module, inputs, output)
-            if found is not None and self._ranks is not None:
-                self._ranks.add(name, found, second=self.noise.is_second)
+            if found is not None:
+                self._compare(name, found)
+
+    def _compare(self, name: str, found: Batch) -> None:
+        if self._ranks is not None:
+            self._ranks.add(name, found, second=self.noise.is_second)
 
     def shares(self) -> Shares:
         """What this process has for a comparison with the others; reads the host."""
-        return self._ranks.to_plain(self._layers) if self._ranks is not None else {}
+        layers = self._layers | self.noise.hidden.layers
+        return self._ranks.to_plain(layers) if self._ranks is not None else {}
 
     def stopped(self) -> list[Finding]:
         """Judge the layers that stand still; reads the host."""

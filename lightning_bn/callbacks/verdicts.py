@@ -23,24 +23,24 @@ from lightning_bn.rules.vanishing_signal import vanishing_signal
 from lightning_bn.rules.variance_below_epsilon import variance_below_epsilon
 from lightning_bn.stats.moments import Summary
 from lightning_bn.stats.units import Kind
-from lightning_bn.taps import Choice
+from lightning_bn.taps import COMPILED, Choice
 
 
-def of_choice(choice: Choice, *, compiled: bool) -> Iterator[Finding]:
+def of_choice(choice: Choice, *, compiled: bool = False, reason: str = "") -> Iterator[Finding]:
     """Say which of the chosen layers there are not, and which cannot be seen.
 
     Args:
         choice: what was chosen.
         compiled: whether the whole LightningModule went through ``torch.compile``, so that none can be seen.
+        reason: why what is compiled cannot be run eagerly either.
     """
     for glob, nearest in choice.unmatched.items():
         yield unmatched_layers(glob, nearest)
-    if compiled:
-        how = "compile a submodule instead, or fit once without torch.compile"
-        yield not_watched("the LightningModule", "it is compiled (torch.compile)", how)
-        return
-    for name, why in choice.unseen.items():
-        yield not_watched(name or "the model", why, layer=name)
+    unseen = {"": COMPILED} if compiled else choice.unseen
+    for name, why in unseen.items():
+        hidden = why == COMPILED
+        told, how = (f"{why}, and {reason}", "fit once without torch.compile") if hidden else (why, "")
+        yield not_watched(name or "the model", told, how, layer=name or None)
 
 
 def of_units(

@@ -138,14 +138,14 @@ def batch_statistics(output: Tensor, eps: float) -> Batch | None:
     return Batch(mean, inverse.square().reciprocal() - eps)
 
 
-def batch_statistics_from_running(before: Batch, after: Batch, *, factor: float, count: int) -> Batch:
+def batch_statistics_from_running(before: Batch, after: Batch, *, factor: float, count: int | None) -> Batch:
     """Batch statistics from what one training forward pass did to the running ones.
 
     Args:
         before: running mean and (unbiased) running variance before the pass.
         after: the same after it.
         factor: weight of the new value: the layer's momentum, or 1 / batches seen where that is None.
-        count: values per channel of the batch, N·H·W, at least 2.
+        count: values per channel of the batch, N·H·W, at least 2; None where not known: the variance is then unbiased.
 
     Returns:
         Batch mean and biased variance, ``(C,)`` each. Of several passes between the two looks: their exponentially
@@ -154,11 +154,11 @@ def batch_statistics_from_running(before: Batch, after: Batch, *, factor: float,
     Raises:
         ValueError: where ``factor`` is not positive or ``count`` below 2.
     """
-    if not factor > 0 or count < 2:  # noqa: PLR2004  (one value has no variance)
+    if not factor > 0 or (count is not None and count < 2):  # noqa: PLR2004  (one value has no variance)
         raise ValueError(f"factor must be positive and count at least 2, got {factor} and {count}")
     mean = before.mean + (after.mean - before.mean) / factor
-    var = (before.var + (after.var - before.var) / factor) * ((count - 1) / count)
-    return Batch(mean, var)
+    var = before.var + (after.var - before.var) / factor
+    return Batch(mean, var if count is None else var * ((count - 1) / count))
 
 
 def output_moments(mean: Rows, inverse: Rows, gamma: Rows, beta: Rows, eps: float) -> tuple[float, float]:

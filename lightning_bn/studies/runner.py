@@ -101,10 +101,11 @@ def page(study: Study, rows: list[Row]) -> str:
     """What a study showed, as markdown: how it was measured, tables, figure, verdicts and a summary."""
     seeds = len({row["seed"] for row in rows})
     made = f"{len(rows)} runs, {seeds} seed{'s' * (seeds != 1)}; torch {torch.__version__}, {platform.machine()}, CPU"
+    command = f"lightning-bn study {study.name}" + f" --seeds {seeds}" * (seeds != study.seeds)
     lines = ["| claim | verdict | measured here | published |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(_cells(verdict)) + " |" for verdict in study.verdicts(rows)]
     parts = [
-        f"Measured by `lightning-bn study {study.name}` ({made}).",
+        f"Measured by `{command}` ({made}).",
         study.summary(rows),
         study.tables(rows),
         f"![The runs of the study {study.name}]({study.name}.png)",

@@ -266,19 +266,6 @@ def test_a_shared_module_and_a_tuple_output_are_pooled(make_trainer):
     assert monitor.statistics["net.lstm"].count == 8 * 4 + 2 * 4
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # torch.compile's own
-def test_a_compiled_submodule_is_said_to_be_out_of_sight(make_trainer):
-    """A module behind torch.compile gets an info; the layers around it are measured."""
-    net = nn.Sequential(nn.Linear(FEATURES, 16), torch.compile(nn.Linear(16, 16), backend="eager"), nn.Linear(16, 4))
-    monitor = ActivationMonitor()
-    make_trainer(monitor).fit(Healthy(net), loader())
-    assert [(finding.rule, finding.layer) for finding in monitor.findings] == [("not-watched", "net.1")]
-    assert list(monitor.statistics) == ["net.0", "net.2"]
-
-
 def test_forward_methods_called_past_the_modules_are_said(make_trainer):
     """Where no hook fires at all, an info says so."""
 

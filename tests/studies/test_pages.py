@@ -78,9 +78,11 @@ def test_a_page_is_up_to_date_with_its_results(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_results_are_what_the_study_says_of_its_rows(name):
-    """Tables, verdicts and summary in a fragment are those that the code makes of the rows beside it, in full size."""
+    """Tables, verdicts and summary in a fragment are those that the code makes of the rows beside it."""
     study, results = load_study(name), Results(FOLDER / "results" / f"{name}.csv")
-    rows = [results.row_of(setting) for setting in study.settings(range(study.seeds))]
+    seeds = len({row["seed"] for row in results.rows})
+    assert seeds >= study.seeds
+    rows = [results.row_of(setting) for setting in study.settings(range(seeds))]
     assert None not in rows
     assert len(rows) == len(results.rows)
     fragment = (FOLDER / "results" / f"{name}.md").read_text(encoding="utf-8")

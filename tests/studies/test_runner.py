@@ -97,6 +97,11 @@ def test_what_was_measured_is_not_measured_again(tmp_path, plant):
     run(tmp_path, seeds=3)
     assert settings([2]) == MADE
     assert len(read_rows(tmp_path / "sums.csv")) == 6
+    assert (
+        (tmp_path / "sums.md")
+        .read_text(encoding="utf-8")
+        .startswith("Measured by `lightning-bn study sums --seeds 3` (6 ")
+    )
 
 
 def test_a_smaller_report_leaves_the_other_rows_in_the_file(tmp_path, plant):
@@ -121,6 +126,11 @@ def test_an_interrupted_study_goes_on(tmp_path, plant):
     run(tmp_path)
     assert settings([9]) == MADE
     assert len(read_rows(tmp_path / "sums.csv")) == 6
+    assert (
+        (tmp_path / "sums.md")
+        .read_text(encoding="utf-8")
+        .startswith("Measured by `lightning-bn study sums --seeds 3` (6 ")
+    )
 
 
 @pytest.mark.parametrize("cut", [1, 5, 12])

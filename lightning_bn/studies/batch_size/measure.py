@@ -180,4 +180,4 @@ def digits(seed: int) -> Digits:
     return Digits(*data.train_set.tensors, *data.val_set.tensors)
 
 
-STUDY = Study("batch_size", settings, measure, tables, verdicts, summary, draw, seeds=4)
+STUDY = Study("batch_size", settings, measure, tables, verdicts, summary, draw, seeds=3)

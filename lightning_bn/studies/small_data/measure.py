@@ -170,5 +170,5 @@ STUDY = Study(
     verdicts=verdicts,
     summary=summary,
     draw=draw,
-    seeds=9,
+    seeds=5,
 )

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers a monitor hears, and in which pass: no hook reaches what is compiled, unless it runs eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lightning_bn.callbacks.base import is_compiled
+from lightning_bn.callbacks.rehearsal import cannot_rehearse
+from lightning_bn.callbacks.retrace import SIMPLE
+from lightning_bn.callbacks.verdicts import of_choice
+from lightning_bn.findings import Finding
+from lightning_bn.rules.not_watched import not_watched
+from lightning_bn.taps import COMPILED, choose, reachable
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+OF_OUTPUTS = "the gradient with respect to the outputs of layers"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How the layers of a fit are heard.
+
+    Args:
+        layers: module by name, without what ``torch.compile`` inserts.
+        eager: whether in a pass of their own that runs eagerly; otherwise in that of training.
+        findings: what cannot be heard, and layers that there are not.
+    """
+
+    layers: dict[str, nn.Module]
+    eager: bool
+    findings: tuple[Finding, ...]
+
+
+def reach(trainer: Trainer, pl_module: LightningModule, wanted: Sequence[str] | None, *, gradients: bool) -> Reach:
+    """Find out how the layers of a model can be heard.
+
+    Hooks that the compiler takes in with the model would change what it makes of it, and so the numbers of training.
+    Where a layer is compiled, all are therefore heard in a forward pass of the same batch that leaves no trace.
+
+    Args:
+        trainer: the trainer, at the start of a fit.
+        pl_module: its model.
+        wanted: patterns and words, see :func:`~lightning_bn.taps.choose`.
+        gradients: whether the gradient with respect to outputs is wanted too.
+    """
+    whole, choice = is_compiled(pl_module), choose(pl_module, wanted)
+    if not has_compiled(pl_module):
+        return Reach(choice.layers, eager=False, findings=tuple(of_choice(choice)))
+    reason = cannot_run_eagerly(trainer, pl_module)
+    if reason:
+        findings = tuple(of_choice(choice, compiled=whole, reason=reason))
+        return Reach({} if whole else choice.layers, eager=False, findings=findings)
+    choice, findings = choose(pl_module, wanted, eager=True), ()
+    if gradients and choice.layers:
+        findings = (not_watched(OF_OUTPUTS, "layers behind torch.compile are heard in a forward pass of their own"),)
+    return Reach(choice.layers, eager=True, findings=(*of_choice(choice), *findings))
+
+
+def has_compiled(pl_module: LightningModule) -> bool:
+    """Whether a model is compiled, as a whole or in part."""
+    return is_compiled(pl_module) or COMPILED in reachable(pl_module)[1].values()
+
+
+def cannot_run_eagerly(trainer: Trainer, pl_module: LightningModule) -> str | None:
+    """Why a step of a compiled model cannot be run a second time, eagerly, in words; None where it can."""
+    if not hasattr(torch.compiler, "set_stance"):
+        return f"torch {torch.__version__} cannot run it eagerly (2.6 can)"
+    if not {base.__name__ for base in type(trainer.strategy).__mro__} & set(SIMPLE):
+        return f"under {type(trainer.strategy).__name__} a step cannot be run without the wrapper"
+    return cannot_rehearse(pl_module)

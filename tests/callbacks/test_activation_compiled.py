@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ActivationMonitor hears what is behind torch.compile, in a pass of its own that leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harm import assert_identical, everything_after
+from lightning.pytorch import seed_everything
+from specimens import FEATURES, Healthy, loader, network
+from torch import nn
+
+from lightning_bn import ActivationMonitor
+
+pytestmark = [
+    pytest.mark.slow,
+    # torch.compile's own
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+]
+
+
+class Chain(nn.Sequential):
+    """A class of the user's own: torch does not compile the call of one of its own in place."""
+
+    def forward(self, x):
+        for part in self:
+            x = part(x)
+        return x
+
+
+class Mute(Healthy):
+    """Logs nothing, as torch cannot trace Lightning's ``log``; dropout in front of the head."""
+
+    def __init__(self):
+        super().__init__(Chain(network()[:3], nn.Dropout(0.3), nn.Linear(16, 4)))
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self(batch[0]), batch[1])
+
+
+class Counting:
+    """A backend that runs what it gets as it is, and counts how often it compiled and how often that ran."""
+
+    def __init__(self):
+        self.compiled, self.ran = 0, 0
+
+    def __call__(self, graph, inputs):
+        self.compiled += 1
+
+        def run_it(*args):
+            self.ran += 1
+            return graph.forward(*args)
+
+        return run_it
+
+
+def as_a_part(model, **how):
+    """The network inside is compiled."""
+    model.net = torch.compile(model.net, **how)
+    return model
+
+
+def in_place(model, **how):
+    """The network compiles itself."""
+    model.net.compile(**how)
+    return model
+
+
+def in_parts(model, **how):
+    """A layer is compiled and others are not."""
+    model.net[0][0] = torch.compile(model.net[0][0], **how)
+    return model
+
+
+WAYS = pytest.mark.parametrize(
+    "compile_it", [torch.compile, as_a_part, in_place, in_parts], ids=lambda way: way.__name__
+)
+
+
+def fit(make_trainer, compile_it, *callbacks, **options):
+    """Two epochs of four steps; everything afterwards, and what the backend did."""
+    torch._dynamo.reset()
+    seed_everything(3)
+    model, backend = Mute(), Counting()
+    trainer = make_trainer(*callbacks, max_epochs=2, **options)
+    trainer.fit(compile_it(model, backend=backend) if compile_it else model, loader())
+    return everything_after(trainer, model), vars(backend)
+
+
+@WAYS
+def test_training_is_identical_and_nothing_compiles_again(make_trainer, compile_it):
+    """With a pass of its own on every step, weights, streams and what the compiler did are as without the monitor."""
+    monitor = ActivationMonitor(every_n_steps=1, max_overhead=None, effective_rank=True)
+    plain, heard = (fit(make_trainer, compile_it, *callbacks) for callbacks in ((), (monitor,)))
+    assert plain[1]["ran"] >= 8
+    assert monitor.statistics
+    assert_identical(plain, heard)
+
+
+@WAYS
+def test_the_layers_and_their_numbers_are_those_of_the_model_uncompiled(make_trainer, compile_it):
+    """Names without what the compiler inserts, in the order in which they ran, and the same statistics and units."""
+    found = []
+    for way in (None, compile_it):
+        monitor = ActivationMonitor(every_n_steps=1, max_overhead=None)
+        fit(make_trainer, way, monitor)
+        assert monitor.findings == []
+        found.append(monitor.statistics)
+    plain, compiled = found
+    assert list(plain) == list(compiled) == ["net.0.0", "net.0.1", "net.0.2", "net.1", "net.2"]
+    assert plain == compiled
+
+
+def test_the_default_compiler_is_heard_too(make_trainer):
+    """With the compiler that users have, training is identical and every layer is measured."""
+
+    def run(*callbacks):
+        torch._dynamo.reset()
+        seed_everything(3)
+        model = Mute()
+        trainer = make_trainer(*callbacks)
+        trainer.fit(as_a_part(model), loader())
+        return everything_after(trainer, model)
+
+    monitor = ActivationMonitor(every_n_steps=2)
+    plain, heard = run(), run(monitor)
+    assert_identical(plain, heard)
+    assert len(monitor.statistics) == 5
+
+
+def test_micro_batches_are_all_heard(make_trainer):
+    """With accumulation the numbers are of all micro-batches of the step."""
+    monitor = ActivationMonitor(every_n_steps=1)
+    fit(make_trainer, as_a_part, monitor, accumulate_grad_batches=2)
+    assert monitor.statistics["net.2"].count == 2 * 8 * 4
+
+
+def test_gradients_of_outputs_are_said_to_be_out_of_reach(make_trainer):
+    """Asked for gradients, an info says that compiled layers have none to tell, and the outputs are measured."""
+    monitor = ActivationMonitor(gradients=True)
+    fit(make_trainer, as_a_part, monitor)
+    assert [finding.rule for finding in monitor.findings] == ["not-watched"]
+    assert "gradient with respect to the outputs" in monitor.findings[0].evidence
+    assert monitor.statistics
+    assert not monitor.gradients
+
+
+class ByHand(Mute):
+    """Steps its optimizer itself: such a step cannot be run twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        loss = self.loss(self(batch[0]), batch[1])
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+def test_what_cannot_be_run_twice_is_said_and_the_rest_is_heard(make_trainer):
+    """Under manual optimisation a compiled layer gets an info with the reason; the layers around it are measured."""
+    model, monitor = in_parts(ByHand(), backend="eager"), ActivationMonitor()
+    make_trainer(monitor).fit(model, loader())
+    (finding,) = monitor.findings
+    assert (finding.rule, finding.layer) == ("not-watched", "net.0.0")
+    assert "manual optimisation" in finding.evidence
+    assert list(monitor.statistics) == ["net.0.1", "net.0.2", "net.1", "net.2"]
+
+
+def test_a_sick_compiled_network_is_found_and_its_healthy_twin_is_silent(make_trainer):
+    """A layer of dead units behind the compiler is named."""
+    for bias, rules in ((0.0, set()), (-50.0, {"dead-units"})):
+        torch._dynamo.reset()
+        seed_everything(5)
+        net = nn.Sequential(nn.Linear(FEATURES, 32), nn.ReLU(), nn.Linear(32, 4))
+        nn.init.constant_(net[0].bias, bias)
+        model, monitor = Healthy(net), ActivationMonitor(every_n_steps=1, max_overhead=None)
+        model.net = torch.compile(model.net, backend="eager")
+        make_trainer(monitor, max_epochs=3).fit(model, loader(size=512, batch_size=64))
+        found = {finding.rule for finding in monitor.findings if finding.severity.value != "info"}
+        assert found >= rules, bias
+        assert rules or not found, found
