@@ -256,7 +256,8 @@ def step_of(trainer: Trainer) -> int:
     ``global_step`` is one ahead at the end of a batch, and counts every optimizer of a manual loop. Private, as no
     public attribute has this number; without it ``global_step`` serves.
     """
-    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+    stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return int(trainer.global_step if stepped is None else stepped)
 
 
 def is_due(trainer: Trainer, every_n_steps: int | None) -> bool:

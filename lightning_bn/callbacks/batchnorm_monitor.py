@@ -97,7 +97,7 @@ class BatchNormMonitor(Monitor):
         self._evidence: Evidence | None = None
         self._restored: dict[str, Any] = {}
         self._statistics: StatisticsWatch | None = None
-        self._assesses = False  # agreed on by all processes
+        self._assesses = self._is_due = False  # the former is agreed on by all processes
         self._response, self._chronicle = Response(self.on_overfitting), Chronicle()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -134,6 +134,7 @@ class BatchNormMonitor(Monitor):
     @shielded
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the values before the first update, and a sample of the batches; called by Lightning."""
+        self._is_due = is_due(trainer, self.every_n_steps) and trainer.is_global_zero
         # Here SyncBatchNorm is in place and checkpoints are restored.
         if self._references.awaits_start and not any(map(is_lazy, pl_module.parameters())):
             self._references.begin_from(pl_module)
@@ -160,13 +161,10 @@ class BatchNormMonitor(Monitor):
             self.live.hooks.close()
         if self._evidence is not None:
             self._evidence.train_loss(outputs)
-        if self._measures(trainer) and window_closes(trainer):
+        if self._is_due and self._references.start and window_closes(trainer):
             since_start, since_best, speed, share = self._speed.after(pl_module, self._references)
             values = drift_overview(since_start.values(), since_best.values()) | speed_overview(speed.values(), share)
             Loggers(trainer.loggers).numbers(values, step_of(trainer))
-
-    def _measures(self, trainer: Trainer) -> bool:
-        return bool(self._references.start) and trainer.is_global_zero and is_due(trainer, self.every_n_steps)
 
     @shielded
     def on_validation_batch_start(
@@ -191,7 +189,7 @@ class BatchNormMonitor(Monitor):
     @shielded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at γ, β and gradients on due steps, and hold γ and β where that was asked for; called by Lightning."""
-        if self._measures(trainer):
+        if self._is_due and self._references.start:
             self._speed.before(pl_module, optimizer)
         self._response.hold(pl_module)
 

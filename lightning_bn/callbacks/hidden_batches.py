@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_bn.stats.batchnorm import Batch, batch_statistics_from_running
-
-CONSTANT = 10.0
-"""A channel whose variance is below so many times ε says nothing about the batch."""
+from lightning_bn.stats.batchnorm import Batch, Saved, batch_statistics_from_running
 
 
 class HiddenBatches:
@@ -36,20 +33,20 @@ class HiddenBatches:
             if found is not None
         }
 
-    def end(self) -> dict[str, Batch]:
+    def end(self) -> dict[str, Saved]:
         """The batch is over.
 
         Returns:
-            Mean and unbiased variance of each channel, ``(C,)``, by layer; the variance is 0 where the channel is
-            constant, and in all channels of a layer that did not update its statistics exactly once.
+            What each layer normalised by, but with the unbiased variance; it is 0 in all channels of a layer that did
+            not update its statistics exactly once.
         """
         batches = {}
         for name, (before, count) in self._before.items():
             layer, found = self.layers[name], _running(self.layers[name])
             if found is not None and layer.momentum:
                 batch = batch_statistics_from_running(before, found[0], factor=layer.momentum, count=None)
-                counts = (found[1] == count + 1) & (batch.var > CONSTANT * layer.eps)
-                batches[name] = Batch(batch.mean, torch.where(counts, batch.var, torch.zeros_like(batch.var)))
+                var = torch.where(found[1] == count + 1, batch.var.clamp(min=0), 0.0)
+                batches[name] = Saved(batch.mean, (var + layer.eps).rsqrt(), layer.eps)
         self._before = {}
         return batches
 

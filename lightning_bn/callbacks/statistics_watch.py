@@ -16,7 +16,6 @@ from lightning_bn.callbacks.standstill import Standstill
 from lightning_bn.findings import Finding
 from lightning_bn.rules.statistics_differ_between_ranks import statistics_differ_between_ranks
 from lightning_bn.rules.statistics_stopped import statistics_stopped
-from lightning_bn.stats.batchnorm import Batch
 from lightning_bn.taps import Hear, listen
 
 if TYPE_CHECKING:
@@ -62,11 +61,12 @@ class StatisticsWatch:
         if heard:
             self._still.end_batch(step)
         if self._pairs:
-            for name, found in self.noise.take_hidden().items():
-                self._compare(name, found)
-            self.noise.end_batch()
+            latest = self.noise.latest()
             if self._ranks is not None:
+                for name, found in latest.items():
+                    self._ranks.add(name, found.batch(), second=self.noise.is_second)
                 self._ranks.end_step()
+            self.noise.end_batch()
         return heard
 
     @property
@@ -74,14 +74,14 @@ class StatisticsWatch:
         return bool(self._layers or self.noise.hidden.layers) and (self._pairs or self._batch % EVERY == 0)
 
     def may_end(self, pl_module: LightningModule) -> bool:
-        """Whether nothing more is to be heard of a batch whose backward pass begins.
+        """Whether nothing more is to be heard of a batch that was heard and whose backward pass begins.
 
         Of a pair of batches all calls are counted, and by hand there may be several backward passes.
 
         Args:
             pl_module: the model.
         """
-        return not self._pairs and pl_module.automatic_optimization
+        return self._is_heard and not self._pairs and pl_module.automatic_optimization
 
     def listening(self, hear: Hear) -> AbstractContextManager[None]:
         """Have the layers heard while the block lasts.
@@ -95,13 +95,7 @@ class StatisticsWatch:
         """Look at one call; nothing is read on the host."""
         self._still.hear(name, module)
         if self._pairs:
-            found = self.noise.take(name, module, inputs, output)
-            if found is not None:
-                self._compare(name, found)
-
-    def _compare(self, name: str, found: Batch) -> None:
-        if self._ranks is not None:
-            self._ranks.add(name, found, second=self.noise.is_second)
+            self.noise.hear(name, module, inputs, output)
 
     def shares(self) -> Shares:
         """What this process has for a comparison with the others; reads the host."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lightning_bn.stats.moments import Rows
 
+CONSTANT = 10.0
+"""A channel whose variance is below so many times ε says nothing about the batch."""
 TINY = 1e-6  # a γ this small, root mean square, is a deliberate zero start and no unit to measure in
 
 
@@ -38,20 +40,6 @@ class Affine:
         return Affine(self.gamma.to(device), self.beta.to(device))
 
 
-def scale_of(gamma: Tensor) -> Tensor:
-    """The unit in which drift is measured: ‖γ‖, or √C where γ starts at zero on purpose.
-
-    Args:
-        gamma: ``(C,)``.
-
-    Returns:
-        scalar, the dtype of ``gamma``. √C is the norm of the usual start γ = 1.
-    """
-    root = gamma.new_tensor(float(gamma.numel())).sqrt()
-    norm = torch.linalg.vector_norm(gamma)
-    return torch.where(norm > TINY * root, norm, root)
-
-
 def drift(now: Sequence[Affine], start: Sequence[Affine]) -> Tensor:
     """Relative distance of γ and β from a start, layer by layer.
 
@@ -60,21 +48,28 @@ def drift(now: Sequence[Affine], start: Sequence[Affine]) -> Tensor:
         start: values to compare with, same order and shapes.
 
     Returns:
-        ``(layers, 2)``, float32: ‖γ − γ₀‖/s and ‖β − β₀‖/s with s = ‖γ₀‖ (√C where γ₀ = 0). Both are in
-        the unit of γ₀, since β adds to what γ scales. Nothing is read on the host.
+        ``(layers, 2)``, float32: ‖γ − γ₀‖/s and ‖β − β₀‖/s with s = ‖γ₀‖, or √C, the norm of the usual start γ = 1,
+        where γ starts at zero on purpose. Both are in the unit of γ₀, since β adds to what γ scales. All layers are
+        compared in a few operations, and nothing is read on the host.
 
     Example:
         >>> one, moved = torch.ones(4), torch.full((4,), 1.5)
         >>> drift([Affine(moved, torch.zeros(4))], [Affine(one, torch.zeros(4))])
         tensor([[0.5000, 0.0000]])
     """
-    rows = []
-    for here, there in zip(now, start, strict=True):
-        unit = scale_of(there.gamma.float())
-        gamma = torch.linalg.vector_norm(here.gamma.float() - there.gamma.float()) / unit
-        beta = torch.linalg.vector_norm(here.beta.float() - there.beta.float()) / unit
-        rows.append(torch.stack([gamma, beta]))
-    return torch.stack(rows)
+    pairs = [*zip(now, start, strict=True)]
+    gammas, first = [here.gamma.float() for here, _ in pairs], [there.gamma.float() for _, there in pairs]
+    betas, second = [here.beta.float() for here, _ in pairs], [there.beta.float() for _, there in pairs]
+    moved = torch._foreach_sub(gammas + betas, first + second)  # noqa: SLF001  (no public name)
+    gamma, beta, unit = _mean_roots([*moved, *first]).reshape(3, -1)
+    return torch.stack([gamma, beta], 1) / torch.where(unit > TINY, unit, 1.0).unsqueeze(1)
+
+
+def _mean_roots(values: list[Tensor]) -> Tensor:
+    """Root mean square of each of many tensors ``(C,)``, on the device of the first."""
+    norms = torch._foreach_norm(values)  # noqa: SLF001  (no public name)
+    roots = torch._foreach_div(norms, [math.sqrt(x.numel()) for x in values])  # noqa: SLF001  (no public name)
+    return torch.stack([x.to(values[0].device) for x in roots])
 
 
 @dataclass(frozen=True)
@@ -88,6 +83,42 @@ class Batch:
 
     mean: Tensor
     var: Tensor
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a BatchNorm layer normalised by, as it keeps it for its backward pass.
+
+    Args:
+        mean: batch mean of the input, ``(C,)``.
+        inverse: 1/√(v + ε), ``(C,)``, v being the biased batch variance of the input.
+        eps: the layer's ε.
+    """
+
+    mean: Tensor
+    inverse: Tensor
+    eps: float
+
+    def batch(self) -> Batch:
+        """Mean and variance; the variance is 0 where it is below ten ε, and the channel as good as constant."""
+        return Batch(self.mean, variances([self]))
+
+
+def variances(layers: Sequence[Saved]) -> Tensor:
+    """Batch variances of the channels of many layers, one after the other; nothing is read on the host.
+
+    Args:
+        layers: at least one, on the same device.
+
+    Returns:
+        ``(C₁ + C₂ + ...,)``, biased; 0 where a channel is as good as constant: below ten ε, or not finite.
+    """
+    inverse = torch.cat([layer.inverse for layer in layers])
+    eps: float | Tensor = layers[0].eps
+    if any(layer.eps != eps for layer in layers):
+        eps = torch.cat([torch.full_like(layer.inverse, layer.eps) for layer in layers])
+    var = inverse.square().reciprocal_().sub_(eps)
+    return torch.where(var > CONSTANT * eps, var, 0.0)
 
 
 def saved_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:

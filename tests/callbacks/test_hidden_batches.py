@@ -17,7 +17,7 @@ def read(layer, *batches):
     hidden.begin()
     for x in batches:
         layer(x)
-    return hidden.end()
+    return {name: saved.batch() for name, saved in hidden.end().items()}
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.01, 1.0])

@@ -19,7 +19,6 @@ from lightning_bn.stats.batchnorm import (
     drift,
     output_moments,
     saved_statistics,
-    scale_of,
 )
 
 
@@ -67,15 +66,16 @@ def test_a_gamma_that_starts_at_zero_is_measured_in_the_usual_unit(channels):
 
 
 @pytest.mark.parametrize(
-    ("size", "unit"),
+    ("size", "expected"),
     [
-        pytest.param(2 * TINY, 2 * 2 * TINY, id="just above: its own norm"),
-        pytest.param(TINY / 2, 2.0, id="just below: the root of the width"),
+        pytest.param(2 * TINY, 1 / (2 * TINY), id="just above: its own norm"),
+        pytest.param(TINY / 2, 1.0, id="just below: the root of the width"),
     ],
 )
-def test_the_unit_changes_where_gamma_is_as_good_as_zero(size, unit):
+def test_the_unit_changes_where_gamma_is_as_good_as_zero(size, expected):
     """A γ₀ above 1e-6 root mean square is measured in its own norm, one below in √C."""
-    torch.testing.assert_close(scale_of(torch.full((4,), size)), torch.tensor(unit))
+    start, now = affine([size] * 4, [0.0] * 4), affine([size] * 4, [1.0] * 4)
+    torch.testing.assert_close(drift([now], [start])[0, 1], torch.tensor(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ActivationMonitor hears what is behind torch.compile, in a pass of its own that leaves no trace."""
+"""What is behind torch.compile is heard in a pass of its own that leaves no trace."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from harm import assert_identical, everything_after
 from lightning.pytorch import seed_everything
 from specimens import FEATURES, Healthy, loader, network
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_bn import ActivationMonitor
+from lightning_bn import ActivationMonitor, NaNGuard, diagnose
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,13 +31,23 @@ class Chain(nn.Sequential):
 
 
 class Mute(Healthy):
-    """Logs nothing, as torch cannot trace Lightning's ``log``; dropout in front of the head."""
+    """Logs nothing where it is traced, as torch cannot trace Lightning's ``log``; dropout in front of the head."""
 
     def __init__(self):
         super().__init__(Chain(network()[:3], nn.Dropout(0.3), nn.Linear(16, 4)))
 
     def training_step(self, batch, batch_idx):
         return self.loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.loss(self(batch[0]), batch[1])
+        if not torch.compiler.is_compiling():
+            self.log("val_loss", loss)
+
+
+def texts(trainer, tag):
+    """What was written to TensorBoard's Text tab under a tag."""
+    return EventAccumulator(trainer.log_dir).Reload().Tensors(f"{tag}/text_summary")
 
 
 class Counting:
@@ -184,3 +195,45 @@ def test_a_sick_compiled_network_is_found_and_its_healthy_twin_is_silent(make_tr
         found = {finding.rule for finding in monitor.findings if finding.severity.value != "info"}
         assert found >= rules, bias
         assert rules or not found, found
+
+
+@WAYS
+def test_all_monitors_together_leave_training_as_it_is(make_trainer, compile_it):
+    """With the four of ``diagnose()``, and validation between the epochs, everything ends as without them."""
+
+    def run(*callbacks):
+        torch._dynamo.reset()
+        seed_everything(3)
+        model, backend = Mute(), Counting()
+        trainer = make_trainer(*callbacks, max_epochs=4)
+        trainer.fit(compile_it(model, backend=backend), loader(), loader(seed=1))
+        return everything_after(trainer, model), vars(backend)
+
+    assert_identical(run(), run(*diagnose()))
+
+
+@WAYS
+def test_the_first_pass_of_a_compiled_model_is_looked_at_in_full(make_trainer, compile_it):
+    """NaNGuard's table has every layer with its numbers, and nothing is said to be out of sight."""
+    guard = NaNGuard()
+    torch._dynamo.reset()
+    trainer = make_trainer(guard)
+    trainer.fit(compile_it(Mute(), backend="eager"), loader())
+    assert guard.findings == []
+    (text,) = (entry.tensor_proto.string_val[0] for entry in texts(trainer, "bn_first_pass"))
+    assert [name in text.decode() for name in ("`net.0.0`", "`net.0.1`", "`net.1`", "`net.2`")] == [True] * 4
+
+
+def test_an_exception_in_the_pass_of_its_own_leaves_the_guard_on(make_trainer):
+    """The user's own exception comes again in the real step and passes on; a note says that the pass ended early."""
+
+    class Raises(Mute):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            raise RuntimeError("loss is NaN")
+
+    guard = NaNGuard()
+    with pytest.raises(RuntimeError, match="loss is NaN"):
+        make_trainer(guard).fit(in_parts(Raises(), backend="eager"), loader())
+    assert [finding.rule for finding in guard.findings] == ["not-watched"]
+    assert "RuntimeError: loss is NaN" in guard.findings[0].evidence
