@@ -231,6 +231,15 @@ class BreaksInTheEnd(BatchNormMonitor):
         return super()._conclude(*args)
 
 
+class Compiled(Sharded):
+    """The network is compiled, and has dropout in front."""
+
+    def __init__(self):
+        super().__init__(norm=True)
+        self.lr = 1e-2
+        self.net = torch.compile(nn.Sequential(nn.Dropout(0.2), self.net), backend="eager")
+
+
 class Nobody(Callback):
     """Watches nothing."""
 
@@ -273,6 +282,8 @@ SCENARIOS = {
     "domains alike": lambda: ([BatchNormMonitor(assess=False)], Domains(0.0)),
     "domains alike, kept": lambda: ([BatchNormMonitor(assess=False)], Domains(0.0)),
     "domains, breaks on rank 1": lambda: ([BreaksInTheEnd(assess=False)], Domains(1.0)),
+    "compiled": lambda: ([ActivationMonitor(every_n_steps=1, max_overhead=None)], Compiled()),
+    "compiled, unwatched": lambda: ([Nobody()], Compiled()),
     "breaks on rank 1": lambda: ([BreaksOnRankOne(every_n_steps=1), BatchNormMonitor()], OwnData()),
 }
 
@@ -340,7 +351,7 @@ def main(scenario: str, root: str) -> None:
         "statistics": {name: x.tolist() for name, x in model.named_buffers() if "running" in name},
         "losses": repr(getattr(monitor, "losses", None)),
         "apart": next((dict(finding.data["layers"]["net.1"]) for finding in apart), None),
-        "digest": digest_of(trainer, model) if "overfits" in scenario or "domains" in scenario else "",
+        "digest": digest_of(trainer, model) if scenario.startswith(("overfits", "domains", "compiled")) else "",
         "windows": monitor.state_dict().get("windows", {}).get("state", torch.zeros(0)).tolist(),
     }
     Path(root, f"rank{RANK}.json").write_text(json.dumps(report))

@@ -288,3 +288,13 @@ def test_comparing_ranks_leaves_training_bit_identical(tmp_path):
     """Weights, buffers, gradients, optimizers and random streams of both are those of an unwatched run."""
     watched, plain = (run(f"domains{rest}", tmp_path / str(place)) for place, rest in enumerate(("", ", unwatched")))
     assert [rank["digest"] for rank in watched] == [rank["digest"] for rank in plain]
+
+
+def test_a_compiled_model_is_heard_on_all_ranks_and_trains_as_before(tmp_path):
+    """The eager passes of both ranks are pooled, and the digest of everything is that of a run without the monitor."""
+    ranks = run("compiled", tmp_path / "watched")
+    assert ranks[0]["rows"] == ranks[1]["rows"]
+    assert {row["count"] for name, row in ranks[0]["rows"].items() if name == "net.1.0"} == {8 * 16}
+    assert ranks[0]["findings"] == ranks[1]["findings"] == []
+    plain = run("compiled, unwatched", tmp_path / "plain")
+    assert [rank["digest"] for rank in ranks] == [rank["digest"] for rank in plain]
