@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lightning_bn.callbacks.base import is_compiled
-from lightning_bn.callbacks.rehearsal import cannot_rehearse
+from lightning_bn.callbacks.rehearsal import cannot_rehearse, rehearse
 from lightning_bn.callbacks.retrace import SIMPLE
 from lightning_bn.callbacks.verdicts import of_choice
 from lightning_bn.findings import Finding
@@ -62,6 +63,33 @@ def reach(trainer: Trainer, pl_module: LightningModule, wanted: Sequence[str] | 
     if gradients and choice.layers:
         findings = (not_watched(OF_OUTPUTS, "layers behind torch.compile are heard in a forward pass of their own"),)
     return Reach(choice.layers, eager=True, findings=(*of_choice(choice), *findings))
+
+
+def hear_apart(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, listening: AbstractContextManager[Any]
+) -> Finding | None:
+    """Run a training step in advance, eagerly and without a trace, and have its first forward pass heard.
+
+    Args:
+        trainer: the trainer, before the step.
+        pl_module: its model.
+        batch: what the step will get.
+        batch_idx: its number in the epoch.
+        listening: the block of a :func:`~lightning_bn.taps.listen`.
+
+    Returns:
+        A note where the step raised: an exception of the user's own will come again in the real one.
+    """
+    try:
+        rehearse(trainer, pl_module, batch, batch_idx, listening)
+    except Exception as error:  # noqa: BLE001  (whatever a step may raise)
+        return not_watched("a part of the first forward pass", f"{type(error).__name__}: {error}")
+    return None
+
+
+def goes_apart(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether a model is compiled, and its steps can be run a second time, eagerly."""
+    return has_compiled(pl_module) and cannot_run_eagerly(trainer, pl_module) is None
 
 
 def has_compiled(pl_module: LightningModule) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor
 from lightning_bn.callbacks.base import Monitor, epoch_of, gather_objects, shielded, step_of
 from lightning_bn.callbacks.black_box import pack, write_case
 from lightning_bn.callbacks.console import print_above_bar
+from lightning_bn.callbacks.eager_pass import hear_apart
 from lightning_bn.callbacks.first_look import FirstLook
 from lightning_bn.callbacks.inquest import Course, Verdict, inquire, statistics_faults
-from lightning_bn.callbacks.rehearsal import rehearse
 from lightning_bn.callbacks.retrace import Case
 from lightning_bn.callbacks.snapshot import Snapshot
 from lightning_bn.callbacks.watch import LossReader, are_bad, statistics_in
@@ -100,10 +100,8 @@ class Guard(Monitor):
     def _listen_apart(self, trainer: Trainer, pl_module: LightningModule, case: Case, look: FirstLook) -> None:
         """Listen to a pass of its own, which runs compiled modules eagerly and leaves no trace."""
         self._watch.look = look
-        try:
-            rehearse(trainer, pl_module, case.batch, case.batch_idx, listen(look.layers, self._hear, self._expect))
-        except Exception as error:  # noqa: BLE001  (an exception of the user's own will come again in the real step)
-            self.emit(not_watched("a part of the first forward pass", f"{type(error).__name__}: {error}"))
+        listening = listen(look.layers, self._hear, self._expect)
+        self.emit(hear_apart(trainer, pl_module, case.batch, case.batch_idx, listening))
 
     @shielded
     def _expect(self, name: str, module: torch.nn.Module, inputs: Any) -> None:

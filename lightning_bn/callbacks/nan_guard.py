@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_bn.callbacks.arguments import check_choice, check_count, check_flag, check_interval
 from lightning_bn.callbacks.base import is_due, shielded, step_of, window_closes
-from lightning_bn.callbacks.eager_pass import cannot_run_eagerly, has_compiled
+from lightning_bn.callbacks.eager_pass import goes_apart
 from lightning_bn.callbacks.eval_guard import EvalGuard
 from lightning_bn.callbacks.first_look import FirstLook
 from lightning_bn.callbacks.guard import NOTHING, Action, Watch
@@ -112,7 +112,7 @@ class NaNGuard(EvalGuard):
         watch.case = Case("training_step", batch, batch_idx, snapshot=watch.snapshot)
         watch.snapshot.take()
         if watch.awaits_verdict:
-            apart = has_compiled(pl_module) and cannot_run_eagerly(trainer, pl_module) is None
+            apart = goes_apart(trainer, pl_module)
             look = FirstLook(pl_module, batch, TAG, "First forward pass", eager=apart)
             for note in look.unseen():
                 self.emit(note)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_bn.callbacks.arguments import check_strings
 from lightning_bn.callbacks.base import Monitor, gather_objects, is_compiled, shielded
 from lightning_bn.callbacks.console import print_above_bar
+from lightning_bn.callbacks.eager_pass import goes_apart, has_compiled, hear_apart
 from lightning_bn.callbacks.first_batch import find_factors, first_pass, foretell, judge_loss, publish
 from lightning_bn.callbacks.late_layers import after_building, as_before
 from lightning_bn.callbacks.mark import Mark, close_mark, mark_of, set_mark
@@ -137,7 +138,7 @@ class WeightInit(Monitor):
                 # Outside the shield, as every rank takes part: all scale by the factors of the first, or none.
                 by_rank = gather_objects(trainer, self._factors(trainer, pl_module, batch, batch_idx))
                 self._scale(pl_module, None if None in by_rank else by_rank[0])
-            self._listen(pl_module)
+            self._listen(trainer, pl_module, batch, batch_idx)
 
     @shielded
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -264,15 +265,19 @@ class WeightInit(Monitor):
                 self.emit(not_scaled("no output, or a constant one, on the first batch", unscaled))
 
     @shielded
-    def _listen(self, pl_module: LightningModule) -> None:
+    def _listen(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.report is None:
             return
-        if is_compiled(pl_module):
-            self.emit(not_watched("the first forward pass", "the LightningModule is compiled (torch.compile)"))
-        recorder = SignalRecorder(pl_module)
-        self._ear = self.live.hooks.enter_context(ExitStack())
-        self._ear.enter_context(listen({} if is_compiled(pl_module) else recorder.layers, self._hear))
-        self._recorder = recorder
+        apart = goes_apart(trainer, pl_module)
+        if has_compiled(pl_module) and not apart:
+            self.emit(not_watched("what is compiled (torch.compile), in the first forward pass", "it cannot run twice"))
+        self._recorder = recorder = SignalRecorder(pl_module, eager=apart)
+        listening = listen(recorder.layers if apart or not is_compiled(pl_module) else {}, self._hear)
+        if apart:
+            self.emit(hear_apart(trainer, pl_module, batch, batch_idx, listening))
+        else:
+            self._ear = self.live.hooks.enter_context(ExitStack())
+            self._ear.enter_context(listening)
 
     @shielded
     def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from harm import assert_identical, everything_after
@@ -11,7 +14,7 @@ from specimens import FEATURES, Healthy, loader, network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_bn import ActivationMonitor, NaNGuard, diagnose
+from lightning_bn import ActivationMonitor, NaNGuard, WeightInit, diagnose
 
 pytestmark = [
     pytest.mark.slow,
@@ -237,3 +240,20 @@ def test_an_exception_in_the_pass_of_its_own_leaves_the_guard_on(make_trainer):
         make_trainer(guard).fit(in_parts(Raises(), backend="eager"), loader())
     assert [finding.rule for finding in guard.findings] == ["not-watched"]
     assert "RuntimeError: loss is NaN" in guard.findings[0].evidence
+
+
+@WAYS
+def test_the_first_pass_behind_a_start_is_shown_as_if_nothing_was_compiled(make_trainer, compile_it):
+    """WeightInit's table of the first batch, and its loss, are those of the model uncompiled."""
+    shown = []
+    for way in (None, compile_it):
+        torch._dynamo.reset()
+        seed_everything(3)
+        start = WeightInit("he", seed=1)
+        model = Mute()
+        trainer = make_trainer(start)
+        trainer.fit(way(model, backend="eager") if way else model, loader())
+        assert start.findings == []
+        shown.append(json.loads(Path(trainer.log_dir, "lightning_bn", "init.json").read_text())["first_batch"])
+    assert shown[0] == shown[1]
+    assert len(shown[0]["signal"]) == 5
