@@ -101,7 +101,7 @@ def test_every_hook_is_shielded_or_says_why_not(name):
         },
         "ActivationMonitor": {"setup", "on_train_start", "on_train_batch_start", "on_train_batch_end", "on_exception"},
         "BatchNormMonitor": {"setup", "on_train_start", "on_validation_end", "on_train_end", "on_exception"},
-        "PreflightAudit": {"setup", "on_train_batch_start"},
+        "PreflightAudit": {"setup", "on_train_batch_start", "on_exception"},
         "SwapBatchNorm": {"setup", "on_exception"},
         "PreciseBatchNorm": {"on_train_start", "on_validation_epoch_start", "on_train_end", "on_exception"},
     }

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_bn.callbacks.base import Monitor, gather_objects, shielded
+from lightning_bn.callbacks.rows_heard import RowsHeard
 from lightning_bn.findings import Finding
 from lightning_bn.norms import residual_closing
 from lightning_bn.parameter_groups import Group, groups_of, trained
+from lightning_bn.precise import length_of
 from lightning_bn.preflight import (
     Norm,
     Run,
@@ -55,7 +57,9 @@ class PreflightAudit(Monitor):
     Looked at are the BatchNorm layers with what stands in front of them, the length, batch size and ``drop_last`` of
     the training loaders, the parameter groups, and the shapes of the first batch; no loader is iterated and nothing is
     changed. The order of the layers comes from a trace of the model's forward, in which no layer runs. Works once, when
-    the first batch is there and training has not begun; costs nothing after. A model without BatchNorm is passed over.
+    the first batch is there and training has not begun; costs nothing after. Where small batches are to be told, it
+    waits for the first forward pass, which shows whether a sample is one row of the layers' input, and no weight has
+    changed yet. A model without BatchNorm is passed over.
 
     Args:
         ignore: slugs of findings that are not to be reported, out of one-value-per-channel, few-values-per-channel,
@@ -73,11 +77,12 @@ class PreflightAudit(Monitor):
     def __init__(self, *, ignore: list[str] | None = None) -> None:
         super().__init__(ignore=ignore)
         self._awaits_batch = False
+        self._rows: RowsHeard | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait for the first batch; called by Lightning."""
         super().setup(trainer, pl_module, stage)
-        self._awaits_batch = stage == "fit"
+        self._awaits_batch, self._rows = stage == "fit", None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at everything once; called by Lightning."""
@@ -86,7 +91,28 @@ class PreflightAudit(Monitor):
         if self._awaits_batch:
             self._awaits_batch = False
             # Outside the shield, as every rank takes part, also where this monitor has failed on one.
-            self._tell(gather_objects(trainer, self._look(trainer, pl_module, batch)))
+            self._tell(pl_module, batch, gather_objects(trainer, self._look(trainer, pl_module, batch)))
+
+    @shielded
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Say what had to wait for the first forward pass; called by Lightning."""
+        self._settle()
+
+    @shielded
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say it where no backward pass was run; called by Lightning."""
+        self._settle()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say it where the forward pass failed, as it was foreseen; called by Lightning."""
+        self._settle()
+        super().on_exception(trainer, pl_module, exception)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what waits for a forward pass."""
+        return {**super().__getstate__(), "_rows": None}
 
     @shielded
     def _look(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[Finding]:
@@ -94,14 +120,27 @@ class PreflightAudit(Monitor):
         return [finding for finding in found if finding is not None]
 
     @shielded
-    def _tell(self, by_rank: Sequence[list[Finding] | None]) -> None:
+    def _tell(self, pl_module: LightningModule, batch: Any, by_rank: Sequence[list[Finding] | None]) -> None:
         """What the first rank sees, and what others see beside: their data may be shorter by a sample."""
+        known: list[Finding] = []
         told: list[Finding] = []
         for rank, findings in enumerate(by_rank):
-            for finding in findings or []:
-                if finding not in told:
-                    told.append(finding)
-                    self.emit(replace(finding, data={**finding.data, "rank": rank}) if rank else finding)
+            new = [finding for finding in findings or [] if finding not in known]
+            known += new
+            told += [replace(each, data={**each.data, "rank": rank}) if rank else each for each in new]
+        self._rows = RowsHeard(told, length_of(batch))
+        if self._rows.waits:
+            self.live.hooks.enter_context(self._rows.listening(pl_module))
+        else:
+            self._settle()
+
+    @shielded
+    def _settle(self) -> None:
+        if self._rows is not None:
+            self.live.hooks.close()
+            for finding in self._rows.settle():
+                self.emit(finding)
+            self._rows = None
 
 
 def run_of(trainer: Trainer, batch: Any) -> Run:

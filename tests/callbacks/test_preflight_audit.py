@@ -201,6 +201,51 @@ def test_the_last_batch_of_one_sample_ends_the_fit_as_it_was_said(make_trainer):
     assert faults(monitor.findings) == []
 
 
+class TwoViews(Healthy):
+    """Joins two views of each sample in front of the network, as contrastive learning does."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.loss(self(torch.cat([x, x + 0.1])), torch.cat([y, y]))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(lambda: loader(17, 8), id="last batch of 1"),
+        pytest.param(lambda: loader(batch_size=1), id="batches of 1"),
+        pytest.param(lambda: loader(batch_size=2), id="batches of 2"),
+    ],
+)
+def test_rows_that_the_step_makes_of_each_sample_are_counted(make_trainer, data):
+    """Two views of each sample are two rows: such a fit ends well, and nothing was foretold."""
+    monitor = PreflightAudit()
+    make_trainer(monitor).fit(TwoViews(), data())
+    assert faults(monitor.findings) == []
+    assert "bias-before-batchnorm" in notes(monitor.findings)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_waited_for_the_first_pass_is_said_before_a_weight_moves(make_trainer, size):
+    """Also where the first forward pass fails as it was foreseen."""
+
+    class Notes(Callback):
+        seen = None
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.seen = self.seen or [finding.rule for finding in monitor.findings]
+
+    monitor, notes = PreflightAudit(), Notes()
+    fit = partial(make_trainer(monitor, notes).fit, Healthy(), loader(batch_size=size))
+    if size == 1:
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            fit()
+        assert "one-value-per-channel" in [finding.rule for finding in monitor.findings]
+    else:
+        fit()
+        assert "few-values-per-channel" in notes.seen
+
+
 def test_a_short_batch_that_the_trainer_never_reaches_is_no_fault(make_trainer):
     """``limit_train_batches`` cuts the epoch before the batch of one sample."""
     assert faults(said(make_trainer, Healthy(), loader(17, 8), limit_train_batches=2)) == []
