@@ -47,8 +47,11 @@ def run_study(name: str, out: Path, *, seeds: int | None = None, jobs: int = 2, 
         console.print(f"Stopped. {results.path} keeps {len(results.rows)} runs; the same command makes the others.")
         raise
     rows = [row for setting in settings if (row := results.row_of(setting)) is not None]
-    write_report(study, rows, out)
-    show(study, rows, console)
+    try:
+        write_report(study, rows, out)
+        show(study, rows, console)
+    except KeyError as error:  # all runs are there, and were made by another version
+        raise ValueError(f"{results.path} needs a column {error}, got {', '.join(rows[0])}; move it away") from error
     console.print(f"{out / name}.csv, .png and .md", highlight=False, soft_wrap=True)
 
 
