@@ -97,7 +97,7 @@ class BatchNormMonitor(Monitor):
         self._evidence: Evidence | None = None
         self._restored: dict[str, Any] = {}
         self._statistics: StatisticsWatch | None = None
-        self._assesses = self._is_due = False  # the former is agreed on by all processes
+        self._assesses = self._is_due = self._told = False  # the first is agreed on by all processes
         self._response, self._chronicle = Response(self.on_overfitting), Chronicle()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -287,7 +287,9 @@ class BatchNormMonitor(Monitor):
 
     @shielded
     def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> Shares | None:
-        metric, pace = (self.watch, self._logged), self._speed.pace
+        if self._told:  # the user ended an assessment by Ctrl-C
+            return None
+        self._told, metric, pace = True, (self.watch, self._logged), self._speed.pace
         for finding in of_drift(pl_module, self._references, metric, trainer.optimizers, pace):
             self.emit(finding, repeat=finding.rule == DRIFT)
         if self._statistics is None or not self._references.start:

@@ -173,6 +173,19 @@ def test_ctrl_c_still_ends_with_the_finding(make_trainer):
     assert [finding.rule for finding in monitor.findings] == ["affine-drift"]
 
 
+def test_ctrl_c_in_an_assessment_does_not_repeat_what_was_said(make_trainer, monkeypatch):
+    """What was summed up before the assessment began is said once."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_bn.callbacks.batchnorm_monitor.conclude", interrupted)
+    monitor = BatchNormMonitor()
+    with pytest.raises(SystemExit):
+        make_trainer(monitor).fit(Healthy(), loader(), loader(seed=1))
+    assert [finding.rule for finding in monitor.findings] == ["affine-drift"]
+
+
 @pytest.mark.parametrize(
     ("watch", "refused"),
     [("val_acc", True), ("val/f1", True), ("Accuracy", True), ("val_loss", False), ("backmap_loss", False)],
