@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning_bn.callbacks.album import Album, Page
@@ -16,7 +17,7 @@ from lightning_bn.callbacks.base import (
     window_closes,
 )
 from lightning_bn.callbacks.eager_pass import reach
-from lightning_bn.callbacks.layer_watch import OFF, REST, SPENT, LayerWatch
+from lightning_bn.callbacks.layer_watch import OFF, REST, SPENT
 from lightning_bn.callbacks.rehearsal import rehearse
 from lightning_bn.callbacks.turns import Turns
 from lightning_bn.callbacks.updates import Updates
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_bn.callbacks.hearing import Heard
+    from lightning_bn.callbacks.layer_watch import LayerWatch
     from lightning_bn.callbacks.windows import Window
     from lightning_bn.rules.vanishing_gradient import Weight
     from lightning_bn.stats.moments import Rows, Summary
@@ -41,7 +43,8 @@ class ActivationMonitor(Monitor):
     host. They are pooled exactly over the micro-batches of an accumulated step and over all processes. A BatchNorm
     layer in training is not measured but asked: mean and spread of its output follow from γ, β and the batch variance
     that it computed anyway; its range and zeros stay unknown. Units of ReLU, tanh, sigmoid and their hard variants are
-    counted over windows of at least 512 samples.
+    counted over windows of at least 512 samples. Of a model behind ``torch.compile`` the due step is run once more in
+    advance, eagerly and without a trace, and that pass is heard.
 
     The loggers get an overview (``bn_overview/...``: median, largest and smallest over the layers) at the pace of the
     trainer's ``log_every_n_steps``, TensorBoard's Text tab the last measured step layer by layer (``bn_activations``);
@@ -136,13 +139,10 @@ class ActivationMonitor(Monitor):
             self.emit(finding)
         if not heard.layers:
             return
-        how: dict[str, Any] = {"ranked": self.effective_rank, "eager": heard.eager}
-        feel = self._feel if self._feels_gradients and not heard.eager else None
-        self._watch = LayerWatch(pl_module, heard.layers, pl_module.device, feel=feel, **how)
+        self._watch = heard.watch(pl_module, ranked=self.effective_rank, feel=self._feel)
         self._updates = Updates(pl_module) if self.parameters else None
-        loads = {"windows": self._watch.resume, "pictures": self._album.load_state_dict}
         for name, state in self._restored.items():
-            loads[name](state)
+            (self._watch.resume if name == "windows" else self._album.load_state_dict)(state)
             self._turns.started = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,8 +183,7 @@ class ActivationMonitor(Monitor):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Pool and log what was heard; called by Lightning."""
-        watch = self._watch
-        if not self._is_due_now or watch is None:
+        if not self._is_due_now or (watch := self._watch) is None:
             return
         with self._turns.budget:
             self._stop_listening()
@@ -223,7 +222,7 @@ class ActivationMonitor(Monitor):
         if self._watch is None or not self._turns.started:
             return {**super().state_dict(), **self._restored}
         own = {"windows": self._watch.windows.state_dict(), "pictures": self._album.state_dict()}
-        return {**super().state_dict(), **own}
+        return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; called by Lightning."""
@@ -238,10 +237,11 @@ class ActivationMonitor(Monitor):
     def _listen(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.live.hooks.close()
         watch, binned = self._watch, self._album.binned(step_of(trainer), log_interval(trainer))
+        listening = watch.listen(pl_module, self._hear, binned) if watch is not None else nullcontext()
         if watch is not None and watch.eager:
-            rehearse(trainer, pl_module, batch, batch_idx, watch.listen(pl_module, watch.hear, binned))
-        elif watch is not None:
-            self.live.hooks.enter_context(watch.listen(pl_module, self._hear, binned))
+            rehearse(trainer, pl_module, batch, batch_idx, listening, backward=watch.feels)
+        else:
+            self.live.hooks.enter_context(listening)
 
     @shielded
     def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:

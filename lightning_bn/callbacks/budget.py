@@ -14,7 +14,7 @@ WARM_UP = 3
 
 
 class Budget:
-    """A clock for the due steps; used as a context manager, it counts the time inside.
+    """A clock for the due steps; used as a context manager, also within itself, it counts the time inside.
 
     Args:
         limit: largest share of the training time; None for none.
@@ -27,16 +27,21 @@ class Budget:
         """Seconds of the last due step: measuring, and all else."""
         self._limit = limit
         self._began = self._entered = self._spent = 0.0
+        self._depth = 0
         self._pairs: deque[tuple[float, float]] = deque(maxlen=LOOKS)
         self._seen = 0
 
     def __enter__(self) -> None:
         """Start counting."""
-        self._entered = time.perf_counter()
+        if not self._depth:
+            self._entered = time.perf_counter()
+        self._depth += 1
 
     def __exit__(self, *_: object) -> None:
         """Stop counting."""
-        self._spent += time.perf_counter() - self._entered
+        self._depth -= 1
+        if not self._depth:
+            self._spent += time.perf_counter() - self._entered
 
     def begin(self) -> None:
         """A due step begins."""

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from lightning_bn.callbacks.base import is_compiled
+from lightning_bn.callbacks.layer_watch import LayerWatch
 from lightning_bn.callbacks.rehearsal import cannot_rehearse, rehearse
 from lightning_bn.callbacks.retrace import SIMPLE
+from lightning_bn.callbacks.slopes import Feel
 from lightning_bn.callbacks.verdicts import of_choice
 from lightning_bn.findings import Finding
 from lightning_bn.rules.not_watched import not_watched
@@ -32,12 +34,25 @@ class Reach:
     Args:
         layers: module by name, without what ``torch.compile`` inserts.
         eager: whether in a pass of their own that runs eagerly; otherwise in that of training.
+        gradients: whether the gradient with respect to their outputs is to be felt in that pass.
         findings: what cannot be heard, and layers that there are not.
     """
 
     layers: dict[str, nn.Module]
     eager: bool
+    gradients: bool
     findings: tuple[Finding, ...]
+
+    def watch(self, pl_module: LightningModule, *, ranked: bool, feel: Feel) -> LayerWatch:
+        """What hears them.
+
+        Args:
+            pl_module: the model.
+            ranked: whether the effective rank of outputs is wanted.
+            feel: what gets the gradients with respect to outputs.
+        """
+        wanted = feel if self.gradients else None
+        return LayerWatch(pl_module, self.layers, pl_module.device, ranked=ranked, feel=wanted, eager=self.eager)
 
 
 def reach(trainer: Trainer, pl_module: LightningModule, wanted: Sequence[str] | None, *, gradients: bool) -> Reach:
@@ -54,15 +69,16 @@ def reach(trainer: Trainer, pl_module: LightningModule, wanted: Sequence[str] | 
     """
     whole, choice = is_compiled(pl_module), choose(pl_module, wanted)
     if not has_compiled(pl_module):
-        return Reach(choice.layers, eager=False, findings=tuple(of_choice(choice)))
+        return Reach(choice.layers, eager=False, gradients=gradients, findings=tuple(of_choice(choice)))
     reason = cannot_run_eagerly(trainer, pl_module)
     if reason:
         findings = tuple(of_choice(choice, compiled=whole, reason=reason))
-        return Reach({} if whole else choice.layers, eager=False, findings=findings)
-    choice, findings = choose(pl_module, wanted, eager=True), ()
-    if gradients and choice.layers:
-        findings = (not_watched(OF_OUTPUTS, "layers behind torch.compile are heard in a forward pass of their own"),)
-    return Reach(choice.layers, eager=True, findings=(*of_choice(choice), *findings))
+        return Reach({} if whole else choice.layers, eager=False, gradients=gradients, findings=findings)
+    choice, alone = choose(pl_module, wanted, eager=True), trainer.world_size == 1
+    findings = tuple(of_choice(choice))
+    if gradients and choice.layers and not alone:
+        findings = (*findings, not_watched(OF_OUTPUTS, f"{COMPILED}, and several processes exchange gradients"))
+    return Reach(choice.layers, eager=True, gradients=gradients and alone, findings=findings)
 
 
 def hear_apart(

@@ -10,7 +10,8 @@ from lightning_bn.callbacks.base import shielded
 from lightning_bn.callbacks.first_look import FirstLook
 from lightning_bn.callbacks.guard import NOTHING, Guard
 from lightning_bn.callbacks.inquest import Verdict, inquire, merged, placed
-from lightning_bn.callbacks.retrace import Case, Stage, loss_of
+from lightning_bn.callbacks.rehearsal import loss_of
+from lightning_bn.callbacks.retrace import Case, Stage
 from lightning_bn.callbacks.watch import LossReader
 from lightning_bn.findings import Severity
 from lightning_bn.rules.non_finite_loss import untraced_loss

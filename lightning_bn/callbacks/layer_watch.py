@@ -183,6 +183,11 @@ class LayerWatch:
         return all_gather(mine).reshape(-1, len(message)).cpu().double().numpy()
 
     @property
+    def feels(self) -> bool:
+        """Whether gradients with respect to outputs are followed."""
+        return self._slopes is not None
+
+    @property
     def agreed(self) -> bool:
         """Whether the layers whose units are counted have their places, the same on all ranks."""
         return bool(self.windows.layout) or not self._kinds

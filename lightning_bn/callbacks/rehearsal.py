@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import Tensor
+
 from lightning_bn.precise import eagerly
 from lightning_bn.quarantine import lazy_tensors, quarantine
 from lightning_bn.replay import copied
@@ -25,6 +27,8 @@ def rehearse(
     batch: Any,
     batch_idx: int,
     listening: AbstractContextManager[Any] | None = None,
+    *,
+    backward: bool = False,
 ) -> Any:
     """Run ``training_step`` on a batch in quarantine: the real step that follows will compute the same, bit for bit.
 
@@ -38,9 +42,12 @@ def rehearse(
         batch: what ``training_step`` gets, on the model's device.
         batch_idx: its number in the epoch.
         listening: the block of a :func:`~lightning_bn.taps.listen` that is to hear the step; None where nobody is.
+        backward: whether to run the backward pass of its loss too, which is divided as Lightning divides it for
+            gradient accumulation, and not scaled. Not with several processes, where it would set off the exchange of
+            gradients.
 
     Returns:
-        What ``training_step`` returned. To run a backward pass on it, be in a ``quarantine`` of your own.
+        What ``training_step`` returned. To run another backward pass on it, be in a ``quarantine`` of your own.
 
     Raises:
         ValueError: where :func:`cannot_rehearse` has a reason.
@@ -53,7 +60,11 @@ def rehearse(
     with apart(trainer, pl_module), listening or nullcontext():
         args, kwargs = arguments(step, copied(batch), batch_idx)
         with trainer.precision_plugin.train_step_context():
-            return step(*args, **kwargs)
+            output = step(*args, **kwargs)
+        loss = loss_of(output) if backward else None
+        if loss is not None and loss.requires_grad:
+            pl_module.backward(loss / getattr(trainer, "accumulate_grad_batches", 1))
+        return output
 
 
 @contextmanager
@@ -61,6 +72,12 @@ def apart(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """A quarantine for a model that belongs to a trainer: loggers are silent, and compiled parts run eagerly."""
     with quarantine(pl_module), _silent_loggers(trainer), eagerly():
         yield
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a step returned; None where there is none."""
+    loss = output.get("loss") if isinstance(output, dict) else output
+    return loss if isinstance(loss, Tensor) and loss.is_floating_point() else None
 
 
 def cannot_rehearse(pl_module: LightningModule) -> str | None:

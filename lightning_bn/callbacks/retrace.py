@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_bn.callbacks.rehearsal import apart, arguments, cannot_repeat
+from lightning_bn.callbacks.rehearsal import apart, arguments, cannot_repeat, loss_of
 from lightning_bn.callbacks.snapshot import Snapshot
 from lightning_bn.callbacks.still import Judge, hold_still
 from lightning_bn.replay import Replayed, replay
@@ -99,12 +99,6 @@ def retrace(
 
     run_backward = pl_module.backward if backward and trains else None
     return replay(pl_module, case.batch, step, quarantined, run_backward, alone=trainer.world_size > 1)
-
-
-def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a step returned; None where there is none."""
-    loss = output.get("loss") if isinstance(output, dict) else output
-    return loss if isinstance(loss, Tensor) and loss.is_floating_point() else None
 
 
 def _judging(judge: Judge) -> Callable[..., None]:

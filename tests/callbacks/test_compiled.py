@@ -150,14 +150,21 @@ def test_micro_batches_are_all_heard(make_trainer):
     assert monitor.statistics["net.2"].count == 2 * 8 * 4
 
 
-def test_gradients_of_outputs_are_said_to_be_out_of_reach(make_trainer):
-    """Asked for gradients, an info says that compiled layers have none to tell, and the outputs are measured."""
-    monitor = ActivationMonitor(gradients=True)
-    fit(make_trainer, as_a_part, monitor)
-    assert [finding.rule for finding in monitor.findings] == ["not-watched"]
-    assert "gradient with respect to the outputs" in monitor.findings[0].evidence
-    assert monitor.statistics
-    assert not monitor.gradients
+@WAYS
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_of_outputs_are_those_of_the_model_uncompiled(make_trainer, compile_it, accumulate):
+    """The pass of its own goes backward too, training is identical, and the numbers are those without a compiler."""
+    found, ends = [], []
+    for way in (None, compile_it):
+        monitor = ActivationMonitor(every_n_steps=1, max_overhead=None, gradients=True)
+        ends.append(fit(make_trainer, way, monitor, accumulate_grad_batches=accumulate)[0])
+        assert monitor.findings == []
+        found.append(monitor.gradients)
+    plain, compiled = found
+    assert list(plain) == list(compiled) == ["net.0.0", "net.0.1", "net.0.2", "net.1", "net.2"]
+    for name, row in plain.items():
+        assert vars(compiled[name]) == pytest.approx(vars(row), rel=1e-4, abs=1e-9), name
+    assert_identical(fit(make_trainer, compile_it, accumulate_grad_batches=accumulate)[0], ends[1])
 
 
 class ByHand(Mute):
