@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from harm import assert_identical, everything_after
+from compiling import Counting, Mute, as_a_part, in_parts, in_place
+from harm import Manual, assert_identical, everything_after
 from lightning.pytorch import seed_everything
-from specimens import FEATURES, Healthy, loader, network
+from specimens import FEATURES, Healthy, loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -24,67 +25,9 @@ pytestmark = [
 ]
 
 
-class Chain(nn.Sequential):
-    """A class of the user's own: torch does not compile the call of one of its own in place."""
-
-    def forward(self, x):
-        for part in self:
-            x = part(x)
-        return x
-
-
-class Mute(Healthy):
-    """Logs nothing where it is traced, as torch cannot trace Lightning's ``log``; dropout in front of the head."""
-
-    def __init__(self):
-        super().__init__(Chain(network()[:3], nn.Dropout(0.3), nn.Linear(16, 4)))
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        loss = self.loss(self(batch[0]), batch[1])
-        if not torch.compiler.is_compiling():
-            self.log("val_loss", loss)
-
-
 def texts(trainer, tag):
     """What was written to TensorBoard's Text tab under a tag."""
     return EventAccumulator(trainer.log_dir).Reload().Tensors(f"{tag}/text_summary")
-
-
-class Counting:
-    """A backend that runs what it gets as it is, and counts how often it compiled and how often that ran."""
-
-    def __init__(self):
-        self.compiled, self.ran = 0, 0
-
-    def __call__(self, graph, inputs):
-        self.compiled += 1
-
-        def run_it(*args):
-            self.ran += 1
-            return graph.forward(*args)
-
-        return run_it
-
-
-def as_a_part(model, **how):
-    """The network inside is compiled."""
-    model.net = torch.compile(model.net, **how)
-    return model
-
-
-def in_place(model, **how):
-    """The network compiles itself."""
-    model.net.compile(**how)
-    return model
-
-
-def in_parts(model, **how):
-    """A layer is compiled and others are not."""
-    model.net[0][0] = torch.compile(model.net[0][0], **how)
-    return model
 
 
 WAYS = pytest.mark.parametrize(
@@ -167,29 +110,16 @@ def test_gradients_of_outputs_are_those_of_the_model_uncompiled(make_trainer, co
     assert_identical(fit(make_trainer, compile_it, accumulate_grad_batches=accumulate)[0], ends[1])
 
 
-class ByHand(Mute):
-    """Steps its optimizer itself: such a step cannot be run twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        loss = self.loss(self(batch[0]), batch[1])
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-
-
 def test_what_cannot_be_run_twice_is_said_and_the_rest_is_heard(make_trainer):
     """Under manual optimisation a compiled layer gets an info with the reason; the layers around it are measured."""
-    model, monitor = in_parts(ByHand(), backend="eager"), ActivationMonitor()
+    model, monitor = Manual(), ActivationMonitor()
+    names = [f"net.{name}" for name, _ in model.net.named_children()]
+    model.net[0] = torch.compile(model.net[0], backend="eager")
     make_trainer(monitor).fit(model, loader())
     (finding,) = monitor.findings
-    assert (finding.rule, finding.layer) == ("not-watched", "net.0.0")
+    assert (finding.rule, finding.layer) == ("not-watched", "net.0")
     assert "manual optimisation" in finding.evidence
-    assert list(monitor.statistics) == ["net.0.1", "net.0.2", "net.1", "net.2"]
+    assert list(monitor.statistics) == names[1:]
 
 
 def test_a_sick_compiled_network_is_found_and_its_healthy_twin_is_silent(make_trainer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiling import Mute, as_a_part, in_place
 from specimens import Healthy, loader, network
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,13 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import BatchNormMonitor, Severity
 from lightning_bn.callbacks.noise import Noise, effective
-
-
-class Mute(Healthy):
-    """Logs nothing, as torch cannot trace Lightning's ``log``."""
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(self(batch[0]), batch[1])
 
 
 def follow(net, batches, *, run=None):
@@ -123,7 +117,7 @@ def test_a_small_batch_of_vectors_is_a_warning_and_a_large_one_is_silent(make_tr
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # torch.compile's own
-@pytest.mark.parametrize("way", ["the model", "a part", "in place"])
+@pytest.mark.parametrize("way", [torch.compile, as_a_part, in_place], ids=lambda way: way.__name__)
 def test_compiled_layers_are_measured_like_their_plain_twins(make_trainer, way):
     """No hook reaches them; what one update did to the running statistics tells the batch's variance."""
 
@@ -131,11 +125,7 @@ def test_compiled_layers_are_measured_like_their_plain_twins(make_trainer, way):
         torch._dynamo.reset()
         torch.manual_seed(0)
         monitor, model = BatchNormMonitor(assess=False), Mute(network(), lr=1e-3)
-        if way == "a part":
-            model.net = torch.compile(model.net, backend="eager")
-        if way == "in place":
-            model.net.compile(backend="eager")
-        trained = torch.compile(model, backend="eager") if way == "the model" else model
+        trained = way(model, backend="eager") if way else model
         make_trainer(monitor, max_epochs=10, logger=False).fit(trained, loader(size=64, batch_size=4))
         (finding,) = [f for f in monitor.findings if f.rule == "noisy-batch-statistics"]
         return finding.data["effective"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from callbacks.test_do_no_harm import Busy, Manual, assert_identical, everything_after
+from compiling import Counting, Mute, as_a_part
 from identical import everything
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -160,43 +161,15 @@ def test_training_with_a_naive_second_call_is_not_the_same(make_trainer, tmp_pat
             assert_identical(plain[part], naive[part], part)
 
 
-class Mute(Healthy):
-    """Logs nothing: torch cannot trace Lightning's ``log``."""
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(self(batch[0]), batch[1])
-
-
-class Compiled:
-    """A backend that runs what it gets as it is, and counts how often it compiled and how often that ran."""
-
-    def __init__(self):
-        self.compiled, self.ran = 0, 0
-
-    def __call__(self, graph, inputs):
-        self.compiled += 1
-
-        def run_it(*args):
-            self.ran += 1
-            return graph.forward(*args)
-
-        return run_it
-
-
-def with_compiled_net(model, **how):
-    model.net = torch.compile(model.net, **how)
-    return model
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("compile_it", [torch.compile, with_compiled_net], ids=["the model", "a part"])
+@pytest.mark.parametrize("compile_it", [torch.compile, as_a_part], ids=["the model", "a part"])
 def test_what_is_compiled_is_rehearsed_eagerly_and_stays_compiled(make_trainer, compile_it):
     """Rehearsals neither compile anything, nor run what is compiled, nor let anything compile again."""
 
     def fit(*callbacks):
         torch._dynamo.reset()
         seed_everything(3)
-        backend, model = Compiled(), Mute()
+        backend, model = Counting(), Mute()
         trainer = make_trainer(*callbacks, max_epochs=2)
         trainer.fit(compile_it(model, backend=backend), loader())
         return everything_after(trainer, model), vars(backend)
