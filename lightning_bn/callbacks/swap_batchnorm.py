@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_bn.callbacks.arguments import check_choice, check_flag, check_strings
 from lightning_bn.callbacks.base import Monitor, callbacks_of, shielded
-from lightning_bn.callbacks.late_layers import after_building, as_before
+from lightning_bn.callbacks.late_layers import after_building
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.rules.listing import listed
 from lightning_bn.rules.swapped_batchnorm import at_initial_statistics, nothing_swapped, other_than_saved, swapped
@@ -108,8 +108,7 @@ class SwapBatchNorm(Monitor):
         self._forget()
         self.swapped = vars(pl_module).setdefault(SWAPPED, {})
         self._undo.enter_context(_checked_restore(pl_module, self.swapped))
-        self._undo.callback(as_before, pl_module)
-        after_building(pl_module, lambda: self._swap(trainer, pl_module, stage))
+        self._undo.callback(after_building(pl_module, lambda: self._swap(trainer, pl_module, stage)))
 
     @shielded
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,7 +15,7 @@ from lightning_bn.callbacks.base import Monitor, gather_objects, is_compiled, sh
 from lightning_bn.callbacks.console import print_above_bar
 from lightning_bn.callbacks.eager_pass import goes_apart, has_compiled, hear_apart
 from lightning_bn.callbacks.first_batch import find_factors, first_pass, foretell, judge_loss, publish
-from lightning_bn.callbacks.late_layers import after_building, as_before
+from lightning_bn.callbacks.late_layers import after_building
 from lightning_bn.callbacks.mark import Mark, close_mark, mark_of, set_mark
 from lightning_bn.first_signal import SignalRecorder
 from lightning_bn.init_plan import LAZY, Plan, Wishes, plan, without
@@ -171,8 +171,7 @@ class WeightInit(Monitor):
     def _arrange(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = None
         seed = int(trainer.strategy.broadcast(self._seed()))
-        self.live.hooks.callback(as_before, pl_module)
-        after_building(pl_module, lambda: self._apply(pl_module, seed))
+        self.live.hooks.callback(after_building(pl_module, lambda: self._apply(pl_module, seed)))
 
     @shielded
     def _apply(self, pl_module: LightningModule, seed: int) -> None:
