@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ LEFT = frozenset(vars(nn.Module())) - {"training", "_buffers", "_non_persistent_
 """Attributes of a module that are left as they are: parameters, submodules, hooks, and what the model belongs to."""
 
 
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+"""Values that nothing can change in place."""
+
+SMALL, FEW = 4096, 1000
+"""Of objects of other classes only what a meter or a counter holds is put back: tensors of at most so many values, and
+containers of at most so many of these and of plain values. What is larger would cost a copy that nobody asked for."""
+
+FOREIGN = frozenset(
+    {"builtins", "lightning", "lightning_fabric", "lightning_bn", "numpy", "pytorch_lightning", "torch", "torchmetrics"}
+)
+"""Packages whose objects are left alone, where they are not named above."""
+
+
 @contextmanager
 def quarantine(model: nn.Module) -> Iterator[None]:
     """Let a model be run, with or without backward, so that everything is as before when the block is left.
@@ -34,8 +48,10 @@ def quarantine(model: nn.Module) -> Iterator[None]:
     - the random streams of torch (CPU, and all CUDA devices where CUDA is in use), numpy and ``random``, and of the
       generators that hang on a module;
     - buffers, ``training`` and plain attributes of every module, also of one that only a plain attribute leads to.
-      Lists, deques, sets, dictionaries and tuples are followed into each other, other objects left alone. Tensors are
-      copies inside; what was one tensor under two names stays one, views of one memory do not stay views;
+      Lists, deques, sets, dictionaries and tuples are followed into each other. Tensors are copies inside; what was one
+      tensor under two names stays one, views of one memory do not stay views;
+    - of objects of the user's own classes in them, such as meters: numbers, strings, small tensors, small containers of
+      these. All else that such an object holds is left alone;
     - ``grad`` (None inside) and ``requires_grad`` of every parameter.
 
     Inside, ``log`` and ``log_dict`` of a LightningModule do nothing, and who listens to the model since before
@@ -107,6 +123,8 @@ class _Shelf:
             return inside if _ids(inside) != _ids(value) else value
         elif (rewind := _rewind_of(value)) is not None:
             self._undo.callback(rewind)
+        elif _is_own(value):
+            self._object(value)
         return value
 
     def _tensor(self, value: Tensor) -> Tensor:
@@ -136,6 +154,12 @@ class _Shelf:
             self._script(module)
         if hasattr(type(module), "log") and hasattr(type(module), "log_dict"):
             attributes.update(log=_nothing, log_dict=_nothing)
+
+    def _object(self, value: Any) -> None:
+        attributes = vars(value)
+        kept = {name: entry for name, entry in attributes.items() if _is_small(entry)}
+        self._undo.callback(_reset_object, attributes, kept, frozenset(attributes))
+        attributes.update({name: self.stand_in(entry) for name, entry in kept.items()})
 
     def _script(self, module: nn.Module) -> None:
         """A ScriptModule keeps flag and buffers out of Python's sight, but takes another tensor for a buffer."""
@@ -177,6 +201,33 @@ def _rewind_of(value: Any) -> Callable[[], Any] | None:
     if numpy is not None and isinstance(value, numpy.RandomState):
         return partial(value.set_state, value.get_state(legacy=False))
     return None
+
+
+def _is_own(value: Any) -> bool:
+    """Whether a value is an instance of a class of the user's own, with attributes."""
+    attributes = getattr(value, "__dict__", None)
+    plain = type(attributes) is dict and not isinstance(value, type | ModuleType)
+    return plain and type(value).__module__.partition(".")[0] not in FOREIGN
+
+
+def _is_small(value: Any) -> bool:
+    if type(value) in CONTAINERS:
+        entries = value.values() if isinstance(value, dict) else value
+        return len(value) <= FEW and all(map(_is_single, entries))
+    return _is_single(value)
+
+
+def _is_single(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not isinstance(value, nn.Parameter) and not is_lazy(value) and value.numel() <= SMALL
+    return type(value) in PLAIN
+
+
+def _reset_object(attributes: dict[str, Any], kept: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Put back what was kept; what came new and is as small as that goes, all else stays."""
+    for name in [name for name, entry in attributes.items() if name not in known and _is_small(entry)]:
+        del attributes[name]
+    attributes.update(kept)
 
 
 def _refill(container: Any, contents: Any) -> None:

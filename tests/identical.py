@@ -14,6 +14,20 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
 
 FOR_GOOD = {"_parameters", "_modules", "_trainer", "_fabric"}
 
+
+class Meter:
+    """A class of the user's own that counts."""
+
+    def __init__(self):
+        self.total, self.steps, self.latest, self.seen = 0.0, 0, torch.zeros(2), [1.0]
+
+    def update(self, value):
+        self.total, self.steps = self.total + float(value), self.steps + 1
+        self.latest += value
+        self.seen.append(value)
+        self.largest = max(self.seen)
+
+
 STATES = {
     torch.Generator: lambda g: g.get_state(),
     np.random.Generator: lambda g: repr(g.bit_generator.state),
@@ -41,6 +55,8 @@ def picture(value):
         return [[key, id(entry), picture(entry)] for key, entry in value.items()]
     if isinstance(value, list | tuple | deque | set):
         return [[id(entry), picture(entry)] for entry in value]
+    if isinstance(value, Meter):
+        return picture(vars(value))
     read = STATES.get(type(value))
     return read(value) if read else repr(value)
 
@@ -125,5 +141,8 @@ KINDS = {  # a model, and what a step may do to it
     "metric computed": (lambda: updated(MeanMetric()), lambda m: m.compute()),
     "metric reset": (lambda: updated(CatMetric()), lambda m: m.reset()),
     "metric collection": (collection, lambda m: m(CLASSES, CLASSES)),
+    "meter": (lambda: holding(meter=Meter()), lambda m: m.meter.update(2.0)),
+    "meter in a dict": (lambda: holding(meters={"loss": Meter()}), lambda m: m.meters["loss"].update(2.0)),
+    "tensor of a meter bound again": (lambda: holding(meter=Meter()), lambda m: setattr(m.meter, "latest", T(2))),
     "module in a list": (lambda: holding(teacher=[nn.BatchNorm1d(2)]), lambda m: m.teacher[0](X)),
 }

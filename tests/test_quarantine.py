@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from callbacks.test_do_no_harm import assert_identical
-from identical import KINDS, everything, holding
+from identical import KINDS, Meter, everything, holding
 from specimens import FEATURES, Healthy, network
 from torch import nn
 
@@ -105,6 +105,25 @@ def test_parameters_are_not_copied():
     with quarantine(model):
         assert model.weight is weight
         assert model.own is own
+
+
+def test_what_is_large_in_an_object_of_a_class_of_its_own_is_left_alone():
+    """No copy is made of a bank of features or of a table of samples, nor of what such an object leads to."""
+    meter = Meter()
+    meter.bank, meter.table, meter.inner, meter.weight = (
+        torch.ones(5000),
+        [0] * 2000,
+        Meter(),
+        nn.Parameter(torch.ones(1)),
+    )
+    held = dict(vars(meter))
+    with quarantine(holding(meter=meter)):
+        for name in ("bank", "table", "inner", "weight"):
+            assert vars(meter)[name] is held[name]
+        assert meter.latest is not held["latest"]
+        meter.inner.update(1.0)
+    assert meter.inner.steps == 1
+    assert vars(meter) == held
 
 
 def test_what_is_shared_stays_shared():
