@@ -34,7 +34,8 @@ def rehearse(
 
     The step runs on a copy of the batch, under the trainer's precision, with silent loggers, eagerly where the model
     is compiled, and not through a DDP wrapper. What it writes past all this stays: prints, files, attributes of the
-    trainer, large things in objects of its own classes. See :func:`~lightning_bn.quarantine.quarantine` for what is put back.
+    trainer, large things in objects of its own classes. See :func:`~lightning_bn.quarantine.quarantine` for what is put
+    back.
 
     Args:
         trainer: the trainer, between the hooks of a fit.
