@@ -225,6 +225,24 @@ def test_rows_that_the_step_makes_of_each_sample_are_counted(make_trainer, data)
     assert "bias-before-batchnorm" in notes(monitor.findings)
 
 
+def test_a_batch_that_begins_with_something_else_is_counted_by_the_loader(make_trainer):
+    """A tensor of one value in front of the samples does not make rows of them look like several of each."""
+
+    class Weighed(Healthy):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[1:], batch_idx)
+
+    def collate(samples):
+        x, y = zip(*samples, strict=True)
+        return torch.ones(1), torch.stack(x), torch.stack(y)
+
+    monitor = PreflightAudit()
+    data = DataLoader(loader(17).dataset, 8, collate_fn=collate)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        make_trainer(monitor).fit(Weighed(), data)
+    assert "one-value-per-channel" in [finding.rule for finding in monitor.findings]
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_what_waited_for_the_first_pass_is_said_before_a_weight_moves(make_trainer, size):
     """Also where the first forward pass fails as it was foreseen."""
