@@ -16,8 +16,8 @@ from lightning_bn.callbacks.base import (
     step_of,
     window_closes,
 )
-from lightning_bn.callbacks.eager_pass import reach
 from lightning_bn.callbacks.layer_watch import OFF, REST, SPENT
+from lightning_bn.callbacks.reach import reach
 from lightning_bn.callbacks.rehearsal import rehearse
 from lightning_bn.callbacks.turns import Turns
 from lightning_bn.callbacks.updates import Updates
