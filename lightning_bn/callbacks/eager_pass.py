@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_bn.callbacks.base import is_compiled
-from lightning_bn.callbacks.rehearsal import cannot_rehearse, rehearse
-from lightning_bn.callbacks.retrace import SIMPLE
+from lightning_bn.callbacks.rehearsal import cannot_rehearse, cannot_unwrap, rehearse
 from lightning_bn.findings import Finding
 from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.taps import COMPILED, reachable
@@ -55,6 +54,4 @@ def cannot_run_eagerly(trainer: Trainer, pl_module: LightningModule) -> str | No
     """Why a step of a compiled model cannot be run a second time, eagerly, in words; None where it can."""
     if not hasattr(torch.compiler, "set_stance"):
         return f"torch {torch.__version__} cannot run it eagerly (2.6 can)"
-    if not {base.__name__ for base in type(trainer.strategy).__mro__} & set(SIMPLE):
-        return f"under {type(trainer.strategy).__name__} a step cannot be run without the wrapper"
-    return cannot_rehearse(pl_module)
+    return cannot_unwrap(trainer) or cannot_rehearse(pl_module)

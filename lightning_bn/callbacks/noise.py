@@ -164,10 +164,6 @@ class Noise:
             else:
                 self._sums[layout] = Sums(apart, total, 1)
 
-    def forget(self) -> None:
-        """Drop a step that was broken off."""
-        self._before, self._now, self._calls = {}, {}, {}
-
     @property
     def repeated(self) -> dict[str, int]:
         """By layer how often it updated its running statistics without a call of its own; reads the host."""

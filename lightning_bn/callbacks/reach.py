@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lightning_bn.callbacks.base import is_compiled
-from lightning_bn.callbacks.eager_pass import cannot_run_eagerly, has_compiled
+from lightning_bn.callbacks.eager_pass import cannot_run_eagerly
 from lightning_bn.callbacks.layer_watch import LayerWatch
 from lightning_bn.callbacks.slopes import Feel
 from lightning_bn.callbacks.verdicts import of_choice
@@ -56,7 +56,8 @@ def reach(trainer: Trainer, pl_module: LightningModule, wanted: Sequence[str] | 
     """Find out how the layers of a model can be heard.
 
     Hooks that the compiler takes in with the model would change what it makes of it, and so the numbers of training.
-    Where a layer is compiled, all are therefore heard in a forward pass of the same batch that leaves no trace.
+    Where one of the wanted layers is compiled, all are therefore heard in a forward pass of the same batch that leaves
+    no trace.
 
     Args:
         trainer: the trainer, at the start of a fit.
@@ -65,7 +66,7 @@ def reach(trainer: Trainer, pl_module: LightningModule, wanted: Sequence[str] | 
         gradients: whether the gradient with respect to outputs is wanted too.
     """
     whole, choice = is_compiled(pl_module), choose(pl_module, wanted)
-    if not has_compiled(pl_module):
+    if not whole and COMPILED not in choice.unseen.values():
         return Reach(choice.layers, eager=False, gradients=gradients, findings=tuple(of_choice(choice)))
     reason = cannot_run_eagerly(trainer, pl_module)
     if reason:

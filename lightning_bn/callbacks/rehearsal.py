@@ -17,6 +17,8 @@ from lightning_bn.replay import copied
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+SIMPLE = frozenset({"SingleDeviceStrategy", "DDPStrategy"})
+"""Strategies under which a step can be run without the strategy's own wrapper, by name: importing them is heavy."""
 KNOWN_OF_A_LOGGER = ("name", "version", "save_dir", "log_dir", "root_dir")
 """What a silent logger answers as the real one does: a step may build a path of it."""
 
@@ -79,6 +81,14 @@ def loss_of(output: Any) -> Tensor | None:
     """The loss in what a step returned; None where there is none."""
     loss = output.get("loss") if isinstance(output, dict) else output
     return loss if isinstance(loss, Tensor) and loss.is_floating_point() else None
+
+
+def cannot_unwrap(trainer: Trainer) -> str | None:
+    """Why steps cannot be run past the strategy's own wrapper of the model, in words; None where they can."""
+    names = {base.__name__ for base in type(trainer.strategy).__mro__}
+    if names & SIMPLE and "DeepSpeedStrategy" not in names:  # which is a DDPStrategy by birth
+        return None
+    return f"under {type(trainer.strategy).__name__} a step cannot be run without the wrapper"
 
 
 def cannot_rehearse(pl_module: LightningModule) -> str | None:

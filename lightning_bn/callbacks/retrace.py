@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_bn.callbacks.rehearsal import apart, arguments, cannot_repeat, loss_of
+from lightning_bn.callbacks.rehearsal import apart, arguments, cannot_repeat, cannot_unwrap, loss_of
 from lightning_bn.callbacks.snapshot import Snapshot
 from lightning_bn.callbacks.still import Judge, hold_still
 from lightning_bn.replay import Replayed, replay
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 Stage = Literal["training_step", "validation_step", "test_step"]
-SIMPLE = ("SingleDeviceStrategy", "DDPStrategy")
-"""Strategies under which a step can be run without the strategy's own wrapper, by name: importing them is heavy."""
 
 
 @dataclass
@@ -45,10 +43,7 @@ class Case:
 
 def cannot_retrace(trainer: Trainer, pl_module: LightningModule, case: Case) -> str | None:
     """Why a step cannot be run again, in words; None where it can."""
-    names = {base.__name__ for base in type(trainer.strategy).__mro__}
-    if not names & set(SIMPLE):
-        return f"under {type(trainer.strategy).__name__} a step cannot be run without the wrapper"
-    return cannot_repeat(pl_module, case.stage)
+    return cannot_unwrap(trainer) or cannot_repeat(pl_module, case.stage)
 
 
 def retrace(

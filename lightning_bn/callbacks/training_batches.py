@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from lightning_bn.callbacks.rehearsal import apart, arguments, cannot_rehearse
-from lightning_bn.callbacks.retrace import SIMPLE
+from lightning_bn.callbacks.rehearsal import apart, arguments, cannot_rehearse, cannot_unwrap
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.precise import length_of, measure
 from lightning_bn.quarantine import lazy_tensors
@@ -137,9 +136,9 @@ def cannot_reestimate(trainer: Trainer, pl_module: LightningModule) -> tuple[str
     by_hand = "call lightning_bn.precise_statistics with a forward of your own"
     if not find_batchnorm(pl_module):
         return "the model has no BatchNorm layer", ""
-    strategy = {base.__name__ for base in type(trainer.strategy).__mro__}
-    if not strategy & set(SIMPLE) or "DeepSpeedStrategy" in strategy:  # which is a DDPStrategy by birth
-        return f"under {type(trainer.strategy).__name__} a step cannot be run without the wrapper", by_hand
+    wrapped = cannot_unwrap(trainer)
+    if wrapped is not None:
+        return wrapped, by_hand
     reason = cannot_rehearse(pl_module)
     if reason is None or (lazy_tensors(pl_module) and not trainer.global_step):  # they may see data in the first batch
         return "", ""

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compiling import Counting, Mute, as_a_part, in_parts, in_place
 from harm import Manual, assert_identical, everything_after
 from lightning.pytorch import seed_everything
+from lightning.pytorch.strategies import DDPStrategy
 from specimens import FEATURES, Healthy, loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from lightning_bn import ActivationMonitor, NaNGuard, WeightInit, diagnose
+from lightning_bn.callbacks.rehearsal import cannot_unwrap
 
 pytestmark = [
     pytest.mark.slow,
@@ -194,3 +197,32 @@ def test_the_first_pass_behind_a_start_is_shown_as_if_nothing_was_compiled(make_
         shown.append(json.loads(Path(trainer.log_dir, "lightning_bn", "init.json").read_text())["first_batch"])
     assert shown[0] == shown[1]
     assert len(shown[0]["signal"]) == 5
+
+
+def test_layers_beside_a_compiled_one_are_heard_in_the_real_pass(make_trainer):
+    """Where no compiled layer is wanted, no step is run a second time."""
+
+    class Counts(Mute):
+        calls = 0
+
+        def training_step(self, batch, batch_idx):
+            Counts.calls += 1
+            return super().training_step(batch, batch_idx)
+
+    monitor = ActivationMonitor(["net.2"], every_n_steps=1, max_overhead=None)
+    make_trainer(monitor).fit(in_parts(Counts(), backend="eager"), loader())
+    assert list(monitor.statistics) == ["net.2"]
+    assert Counts.calls == 4
+
+
+def test_no_step_is_run_past_the_wrapper_of_deepspeed():
+    """Its strategy is one of DDP by birth, and its model is not to be called without it."""
+    for name, bases, reason in (
+        ("DeepSpeedStrategy", (DDPStrategy,), "under DeepSpeedStrategy a step cannot be run"),
+        ("Mine", (DDPStrategy,), None),
+        ("FSDPStrategy", (), "under FSDPStrategy a step cannot be run"),
+    ):
+        trainer = SimpleNamespace(strategy=object.__new__(type(name, bases, {})))
+        found = cannot_unwrap(trainer)
+        assert (found is None) is (reason is None)
+        assert reason is None or found.startswith(reason)
