@@ -96,14 +96,16 @@ class PreflightAudit(Monitor):
     @shielded
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Say what had to wait for the first forward pass; called by Lightning."""
-        self._settle()
+        if self._rows is not None:
+            self._settle()
 
     @shielded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Say it where no backward pass was run; called by Lightning."""
-        self._settle()
+        if self._rows is not None:
+            self._settle()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say it where the forward pass failed, as it was foreseen; called by Lightning."""
