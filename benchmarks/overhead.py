@@ -66,6 +66,8 @@ HOOKS = (
     "on_train_batch_end",
 )
 
+INTERVAL = 50
+"""Steps from one that is due by default to the next."""
 Variant = AbstractContextManager[object]
 """What is there in some blocks of steps and not in the others; entered once for each such block."""
 
@@ -187,25 +189,29 @@ def only(name: str, device: str, rounds: int) -> None:
     print("| network | with | plain step | extra | x plain | middle half | range |\n|---|---|---:|---:|---:|---|---|")
     for network, subject in subjects.items():
         empty = LambdaCallback(**dict.fromkeys(HOOKS, lambda *_: None))
-        watching = {label: make() for label, make in ONLY[name].items()}
-        hooks |= {(network, label): timed(callback) for label, callback in watching.items()}
+        callbacks = {"an empty callback": empty, **{label: make() for label, make in ONLY[name].items()}}
+        hooks |= {(network, label): timed(callback) for label, callback in callbacks.items()}
         noise: dict[str, Callable[[Trainer], Variant]] = {"nothing (noise)": lambda _: nullcontext()}
-        callbacks = {"an empty callback": empty, **watching}
         for variant, pairs in paired(subject, callbacks, noise, rounds, device).items():
             print(f"| {network}, batch {subject.batch} | {variant} | {row(pairs)} |", flush=True)
     print(
         f"\n| µs in its hooks, a mean step | with | {' | '.join(HOOKS)} | all |\n|---|---|{'---:|' * (len(HOOKS) + 1)}"
     )
     for (network, label), spent in hooks.items():
-        each = [1e6 * trimmed(spent[hook]) for hook in HOOKS]
+        each = [1e6 * typical(spent[hook]) for hook in HOOKS]
         print(f"| {network} | {label} | {' | '.join(f'{value:.0f}' for value in [*each, sum(each)])} |")
     print_reads(next(iter(ONLY[name].values())), subjects, device)
 
 
-def trimmed(seconds: list[float]) -> float:
-    """Mean without the first tenth, which warms up, and without the largest hundredth, which something else held up."""
-    late = sorted(seconds[len(seconds) // 10 :])
-    return mean(late[: len(late) - len(late) // 100] or [0.0])
+def typical(seconds: list[float]) -> float:
+    """Mean of a step without the first tenth, which warms up.
+
+    It is the median over stretches of so many steps as lie between two that are due: what else holds up a step now and
+    then is left out, and due steps are not.
+    """
+    late = seconds[len(seconds) // 10 :]
+    stretches = [late[at : at + INTERVAL] for at in range(0, len(late) - INTERVAL + 1, INTERVAL)]
+    return median(mean(stretch) for stretch in stretches or [late or [0.0]])
 
 
 def seconds_per_step(build: Callable[[], LightningModule], monitors: list[Callback], steps: int) -> float:

@@ -9,8 +9,10 @@ from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -20,7 +22,8 @@ from lightning_bn.parameter_groups import groups_of
 from lightning_bn.rules.affine_drift import Pace, Watched, affine_drift
 from lightning_bn.rules.collapsed_gamma import SMALL, collapsed_gamma
 from lightning_bn.rules.not_watched import not_watched
-from lightning_bn.stats.batchnorm import Affine, drift
+from lightning_bn.stats.batchnorm import Affine, distances, flat
+from lightning_bn.stats.moments import Rows
 from lightning_bn.taps import is_below
 
 Pairs = dict[str, tuple[float, float]]
@@ -28,9 +31,19 @@ Pairs = dict[str, tuple[float, float]]
 
 def affine_of(model: nn.Module) -> dict[str, Affine]:
     """Copies of γ and β of every BatchNorm layer that has both, in one piece, by layer."""
+    return copied(find_batchnorm(model))
+
+
+def copied(layers: Mapping[str, _BatchNorm]) -> dict[str, Affine]:
+    """The same of some layers."""
+    return {name: Affine.of(layer.weight, layer.bias) for name, layer in with_affine(layers).items()}
+
+
+def with_affine(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
+    """Those BatchNorm layers that have γ and β, in one piece, by name."""
     return {
-        name: Affine.of(layer.weight, layer.bias)
-        for name, layer in find_batchnorm(model).items()
+        name: layer
+        for name, layer in layers.items()
         if layer.weight is not None and layer.bias is not None and not is_lazy(layer.weight)
         if not _is_sharded(layer)
     }
@@ -42,36 +55,49 @@ def drift_by_layer(now: Mapping[str, Affine], *references: Mapping[str, Affine])
 
 
 def measured(
-    now: Mapping[str, Affine], references: Sequence[Mapping[str, Affine]], beside: Tensor | None = None
+    now: Mapping[str, Affine], references: Sequence[Mapping[str, Affine]], beside: Sequence[Tensor] = ()
 ) -> tuple[list[Pairs], list[float]]:
-    """Drift as :func:`drift_by_layer` gives it, and two more numbers, in one transfer.
+    """Drift as :func:`drift_by_layer` gives it, and further numbers, in one transfer.
+
+    γ and β themselves come to the host, four values of each channel and reference: arithmetic on so few costs a device
+    more in calls than in work.
 
     Args:
         now: present values, by layer.
         references: values to compare with.
-        beside: ``(2,)``, float32, on any device; None for none.
+        beside: ``(K,)`` each, on any device.
 
     Returns:
-        Drift from each reference, and what ``beside`` holds, an empty list for None.
+        Drift from each reference, and what ``beside`` holds.
     """
-    pairs = [
-        (place, name)
-        for place, reference in enumerate(references)
-        for name in reference
-        if name in now and reference[name].gamma.shape == now[name].gamma.shape
-    ]
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for place, reference in enumerate(references):
+        known = (name for name in reference if name in now and reference[name].gamma.shape == now[name].gamma.shape)
+        groups.setdefault(tuple(known), []).append(place)
+    parts: list[Tensor] = []
+    for names, places in groups.items():
+        for values in (now, *(references[place] for place in places)):
+            parts += flat([values[name] for name in names])
+    numbers, begin = _on_host([*parts, *beside]), 0
     found: list[Pairs] = [{} for _ in references]
-    rows = []
-    if pairs:
-        here = [now[name] for _, name in pairs]
-        there = [references[place][name].to(now[name].gamma.device) for place, name in pairs]
-        rows.append(drift(here, there))
-    if beside is not None:
-        rows.append(beside[None].to(rows[0].device) if rows else beside[None])
-    numbers = torch.cat(rows).tolist() if rows else []
-    for (place, name), (gamma, beta) in zip(pairs, numbers, strict=False):
-        found[place][name] = (gamma, beta)
-    return found, numbers[-1] if beside is not None else []
+    for names, places in groups.items():
+        sizes = [len(now[name].gamma) for name in names]
+        end = begin + 2 * sum(sizes) * (1 + len(places))
+        rows = distances(numbers[begin:end], sizes).tolist() if names else []
+        for place, mine in zip(places, rows, strict=False):
+            found[place] = {name: (gamma, beta) for name, (gamma, beta) in zip(names, mine, strict=True)}
+        begin = end
+    return found, numbers[begin:].tolist()
+
+
+def _on_host(parts: Sequence[Tensor]) -> Rows:
+    """All values, one after the other, in one transfer."""
+    if not parts:
+        return np.zeros(0)
+    device = parts[0].device
+    here = [x if x.device == device else x.to(device, non_blocking=True) for x in parts]
+    found: Rows = torch.cat(here).cpu().double().numpy()
+    return found
 
 
 class References:

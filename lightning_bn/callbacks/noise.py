@@ -25,8 +25,12 @@ from lightning_bn.taps import COMPILED, Hear, listen, reachable, tensors_in
 
 EVERY, MOST_PAIRS = 10, 64
 """Two of so many batches are measured, until there are so many pairs."""
+QUEUE = 8
+"""Pairs that are put into the sums together: the operations cost as much for one as for all of them."""
 Layout = tuple[tuple[str, int], ...]
 """Layers whose channels lie one after the other, with their numbers of channels."""
+Layers = Mapping[str, Saved]
+"""What the layers of one batch normalised by, by name."""
 Plain = dict[str, tuple[list[float], list[float], int]]
 """Sums of each layer on the host, see :meth:`Noise.to_plain`."""
 
@@ -65,8 +69,11 @@ class Noise:
         """BatchNorm layers that hooks reach, by name."""
         hidden = {name: layer for name, layer in layers.items() if compiled or unseen.get(name) == COMPILED}
         self.hidden = HiddenBatches(hidden)
-        self._before: dict[str, Saved] = {}
+        self.is_second = False
+        """Whether the present batch makes a pair with the one before."""
+        self._before: Layers = {}
         self._now: dict[str, Saved] = {}
+        self._queue: list[tuple[Layers, Layers]] = []
         self._sums: dict[Layout, Sums] = {}
         self._batch, self._measured = 1, 0
         self._tracked: dict[str, Tensor] = {}  # batches that each layer had seen when this one began
@@ -74,28 +81,22 @@ class Noise:
         self._repeated: dict[str, Tensor] = {}
 
     def begin_batch(self) -> bool:
-        """Another batch begins; says whether it is to be heard."""
+        """Another batch begins; says whether it is to be heard, which two of :data:`EVERY` are."""
         self._batch += 1
-        if self._is_heard:
-            self.hidden.begin()
-        return self._is_heard
+        place = self._batch % EVERY
+        return place < 2 and self.begin(second=place == 1)  # noqa: PLR2004  (a pair)
 
-    def end_batch(self) -> bool:
-        """The batch is over; says whether it was heard."""
-        if not self._is_heard:
+    def begin(self, *, second: bool) -> bool:
+        """A batch begins that may be heard; says whether it is to be, as there are not enough pairs yet.
+
+        Args:
+            second: whether it makes a pair with the one before.
+        """
+        if self._measured >= MOST_PAIRS:
             return False
-        self._measured += self.is_second
-        self.end_step(second=self.is_second)
+        self.is_second = second
+        self.hidden.begin()
         return True
-
-    @property
-    def is_second(self) -> bool:
-        """Whether this batch makes a pair with the one before."""
-        return self._batch % EVERY == 1
-
-    @property
-    def _is_heard(self) -> bool:
-        return self._batch % EVERY < 2 and self._measured < MOST_PAIRS  # noqa: PLR2004  (a pair)
 
     @contextmanager
     def listening(self, hear: Hear) -> Iterator[None]:
@@ -104,10 +105,12 @@ class Noise:
         Args:
             hear: is called for each output, and is to call :meth:`hear`.
         """
-        counters = {name: layer.num_batches_tracked for name, layer in self.layers.items()}
-        known = {name: x for name, x in counters.items() if x is not None}
-        copies = torch._foreach_add(list(known.values()), 0) if known else []  # noqa: SLF001  (no public name)
-        self._tracked = dict(zip(known, copies, strict=True))
+        self._tracked = {}
+        if self.is_second:  # one batch of a pair tells whether backward calls the layers again
+            counters = {name: layer.num_batches_tracked for name, layer in self.layers.items()}
+            known = {name: x for name, x in counters.items() if x is not None}
+            copies = torch._foreach_add(list(known.values()), 0) if known else []  # noqa: SLF001  (no public name)
+            self._tracked = dict(zip(known, copies, strict=True))
         with listen(self.layers, hear):
             yield
 
@@ -121,48 +124,46 @@ class Noise:
             if found is not None:
                 self._now[name] = found
 
-    def latest(self) -> Mapping[str, Saved]:
+    def latest(self) -> Layers:
         """What was heard of this batch, which is over, and read off the layers that are compiled."""
         self._now |= self.hidden.end()
         return self._now
 
-    def end_step(self, *, second: bool) -> None:
-        """The step is over.
+    def end(self) -> None:
+        """The batch that was heard is over."""
+        if self.is_second:
+            self._measured += 1
+            self._queue.append((self._before, self._now))
+            if len(self._queue) >= QUEUE:
+                self._add_pairs()
+            self._count_updates()
+        self._before, self._now, self._calls = {} if self.is_second else self._now, {}, {}
 
-        Args:
-            second: whether it makes a pair with the one before.
-        """
-        if second:
-            self._add_pairs()
-        self._before, self._now = {} if second else self._now, {}
+    def _count_updates(self) -> None:
+        """Add up how often each layer updated its statistics more than it was called."""
         names = [name for name in self._calls if name in self._tracked]
         now = [x for name in names if (x := self.layers[name].num_batches_tracked) is not None]
-        if names and len(now) == len(names):
-            more = torch._foreach_sub(now, [self._tracked[name] for name in names])  # noqa: SLF001  (no public name)
-            torch._foreach_sub_(more, [self._calls[name] for name in names])
-            for name, x in zip(names, more, strict=True):
-                self._repeated[name] = self._repeated[name].add_(x) if name in self._repeated else x
-        self._calls = {}
+        if not names or len(now) != len(names):
+            return
+        more = torch._foreach_sub(now, [self._tracked[name] for name in names])  # noqa: SLF001  (no public name)
+        torch._foreach_sub_(more, [self._calls[name] for name in names])
+        for name, x in zip(names, more, strict=True):
+            self._repeated[name] = self._repeated[name].add_(x) if name in self._repeated else x
 
     def _add_pairs(self) -> None:
-        """Add the pairs that the layers of this batch make with those of the one before, all layers at once."""
-        groups: dict[torch.device, list[str]] = {}
-        for name, here in self._now.items():
-            there = self._before.get(name)
-            if there is not None and there.inverse.shape == here.inverse.shape:
-                groups.setdefault(here.inverse.device, []).append(name)
-        for names in groups.values():
-            layout = tuple((name, len(self._now[name].inverse)) for name in names)
-            s, before = (variances([batch[name] for name in names]).sqrt_() for batch in (self._now, self._before))
-            both = s * before > 0
-            apart, total = torch.where(both, (s - before).square_(), 0.0), torch.where(both, s + before, 0.0)
-            if layout in self._sums:
-                sums = self._sums[layout]
-                sums.apart.add_(apart)
-                sums.total.add_(total)
-                sums.pairs += 1
-            else:
-                self._sums[layout] = Sums(apart, total, 1)
+        """Put the pairs that wait into the sums, all layers and pairs of one layout at once."""
+        groups: dict[Layout, list[tuple[Layers, Layers]]] = {}
+        for before, now in self._queue:
+            for layout in _layouts(before, now):
+                groups.setdefault(layout, []).append((before, now))
+        self._queue = []
+        for layout, pairs in groups.items():
+            s, then = (_deviations(layout, [pair[place] for pair in pairs]) for place in (1, 0))
+            both = s * then > 0
+            apart = torch.where(both, (s - then).square_(), 0.0).sum(0)
+            total = torch.where(both, s + then, 0.0).sum(0)
+            known = self._sums.get(layout, Sums(torch.zeros_like(apart), torch.zeros_like(total), 0))
+            self._sums[layout] = Sums(known.apart + apart, known.total + total, known.pairs + len(pairs))
 
     @property
     def repeated(self) -> dict[str, int]:
@@ -178,6 +179,7 @@ class Noise:
 
         They add over processes.
         """
+        self._add_pairs()
         return _added([part for layout, sums in self._sums.items() for part in _parts(layout, sums)])
 
 
@@ -202,6 +204,22 @@ def of_noise(found: Mapping[str, float], pairs: int, noise: Noise) -> Iterator[F
     yield noisy_batch_statistics(found, pairs)
     repeated = noise.repeated
     yield statistics_updated_twice(repeated, noise.momentum(next(iter(repeated))) if repeated else None)
+
+
+def _layouts(before: Layers, now: Layers) -> list[Layout]:
+    """The layers that two batches have in common, device by device."""
+    groups: dict[torch.device, list[tuple[str, int]]] = {}
+    for name, here in now.items():
+        there = before.get(name)
+        if there is not None and there.inverse.shape == here.inverse.shape:
+            groups.setdefault(here.inverse.device, []).append((name, len(here.inverse)))
+    return [tuple(group) for group in groups.values()]
+
+
+def _deviations(layout: Layout, batches: Sequence[Layers]) -> Tensor:
+    """Standard deviations of all channels of a layout, ``(batches, C₁ + C₂ + ...)``."""
+    found = variances([batch[name] for batch in batches for name, _ in layout])
+    return found.sqrt_().view(len(batches), -1)
 
 
 def _parts(layout: Layout, sums: Sums) -> Iterator[tuple[str, list[float], list[float], int]]:

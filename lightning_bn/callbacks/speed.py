@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from lightning_bn.callbacks.drift import Pairs, References, affine_of, measured
+from lightning_bn.callbacks.drift import Pairs, References, copied, measured, with_affine
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.rules.affine_drift import Pace
 from lightning_bn.stats.batchnorm import Affine
@@ -26,8 +28,9 @@ class Speed:
     """
 
     def __init__(self) -> None:
+        self._layers: dict[str, _BatchNorm] = {}
         self._copies: dict[str, Affine] = {}
-        self._squares: Tensor | None = None
+        self._norms: list[Norms | None] = []
         self._latest: Pairs = {}
         self._shares = (math.nan, 0.0, 0)  # the last one, sum and number
 
@@ -38,11 +41,11 @@ class Speed:
             model: the network.
             optimizer: holds gradients as it will use them, before any clipping.
         """
-        self._copies = self._copies or affine_of(model)
-        affine = {id(x) for layer in find_batchnorm(model).values() for x in layer.parameters(recurse=False)}
-        squares = squared_norms([x for group in optimizer.param_groups for x in group["params"]], affine)
-        if squares is not None:
-            self._squares = squares if self._squares is None else self._squares.to(squares.device) + squares
+        if not self._layers:
+            self._layers = find_batchnorm(model)
+            self._copies = copied(self._layers)
+        affine = {id(x) for layer in self._layers.values() for x in layer.parameters(recurse=False)}
+        self._norms.append(norms_of([x for group in optimizer.param_groups for x in group["params"]], affine))
 
     def after(self, model: nn.Module, references: References) -> Report:
         """The step is over; one transfer brings all numbers to the host.
@@ -51,10 +54,14 @@ class Speed:
             model: the network.
             references: γ and β at the start of the run, and at its best validation.
         """
-        compared = (references.start, references.best, self._copies)
-        (since_start, since_best, speed), squares = measured(affine_of(model), compared, self._squares)
-        self._copies, self._squares = {}, None
-        share = share_of(*squares) if squares else math.nan
+        layers = with_affine(self._layers or find_batchnorm(model))
+        now = {name: Affine(layer.weight.detach(), layer.bias.detach()) for name, layer in layers.items()}
+        graded = [norms for norms in self._norms if norms is not None]
+        compared, beside = (references.start, references.best, self._copies), [norms.values for norms in graded]
+        (since_start, since_best, speed), numbers = measured(now, compared, beside)
+        on_affine = [mine for norms in graded for mine in norms.on_affine]
+        share = share_of(numbers, on_affine)
+        self._layers, self._copies, self._norms = {}, {}, []
         if math.isfinite(share):
             _, total, steps = self._shares
             self._shares = (share, total + share, steps + 1)
@@ -70,36 +77,52 @@ class Speed:
         return Pace(self._latest, last if steps else None, total / steps if steps else None, steps)
 
 
-def squared_norms(parameters: Iterable[nn.Parameter], affine: set[int]) -> Tensor | None:
-    """Squared 2-norm of the gradients of γ and β, and of all gradients; nothing is read on the host.
+class Norms(NamedTuple):
+    """Norms of the gradients that one optimizer uses.
+
+    Args:
+        values: 2-norm of each gradient, ``(K,)``, on the device of the first.
+        on_affine: whether it is the gradient of γ or β.
+    """
+
+    values: Tensor
+    on_affine: list[bool]
+
+
+def norms_of(parameters: Iterable[nn.Parameter], affine: set[int]) -> Norms | None:
+    """2-norm of each gradient; nothing is read on the host.
 
     Args:
         parameters: what an optimizer trains.
         affine: ids of all γ and β.
 
     Returns:
-        ``(2,)``, float32, on the device of the first gradient. None without gradients, and where a gradient is sharded
-        or sparse, as the norm is then not known here.
+        The norms. None without gradients, and where a gradient is sharded or sparse, as its norm is not known here.
     """
-    graded = [x for x in parameters if x.grad is not None]
-    gradients = [x.grad.detach() for x in graded if x.grad is not None]
-    if not gradients or any(hasattr(x, "to_local") or x.is_sparse for x in gradients):
+    graded = [(x.grad.detach(), id(x) in affine) for x in parameters if x.grad is not None]
+    gradients = [gradient for gradient, _ in graded]
+    if not gradients or any(gradient.is_sparse or hasattr(gradient, "to_local") for gradient in gradients):
         return None
     device = gradients[0].device
-    norms = torch._foreach_norm(gradients)  # noqa: SLF001  (what clip_grad_norm_ uses)
-    squares = torch.stack([norm.float().to(device, non_blocking=True) for norm in norms]).square()
-    mine = [place for place, x in enumerate(graded) if id(x) in affine]
-    on_affine = torch.stack([squares[place] for place in mine]).sum() if mine else torch.zeros_like(squares[0])
-    return torch.stack([on_affine, squares.sum()])
+    norms = list(torch._foreach_norm(gradients))  # noqa: SLF001  (what clip_grad_norm_ uses)
+    if any(x.device != device or x.dtype != norms[0].dtype for x in norms):
+        norms = [x.to(device, torch.float32, non_blocking=True) for x in norms]
+    return Norms(torch.stack(norms), [mine for _, mine in graded])
 
 
-def share_of(affine: float, everything: float) -> float:
+def share_of(norms: Sequence[float], on_affine: Sequence[bool]) -> float:
     """Share of the squared gradient norm that falls on γ and β; NaN where it is not finite, or there is no gradient.
 
     The scale of a ``GradScaler`` cancels.
 
+    Args:
+        norms: 2-norm of each gradient.
+        on_affine: whether it is the gradient of γ or β.
+
     Example:
-        >>> share_of(1.0, 4.0)
+        >>> share_of([1.0, 3.0**0.5], [True, False])
         0.25
     """
+    everything = math.fsum(norm * norm for norm in norms) if all(map(math.isfinite, norms)) else math.nan
+    affine = math.fsum(norm * norm for norm, mine in zip(norms, on_affine, strict=True) if mine)
     return affine / everything if everything and math.isfinite(everything) else math.nan

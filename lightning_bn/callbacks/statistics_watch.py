@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 Shares = Mapping[str, Share]
+EARLY, SELDOM = 320, 50
+"""Batches behind which fewer are heard, and one or two of so many."""
 
 
 class StatisticsWatch:
     """Noise of the batch statistics, layers that stop updating theirs, and what differs between processes.
 
-    Heard are two batches in a row of every ten until there are enough pairs, and one of ten from then on. The first few
-    are not heard: what compiles in them would compile the hooks too. Of compiled layers the noise alone is known, and
-    what differs between processes.
+    Heard are two batches in a row of every ten, and behind the first 320 two of fifty, until there are enough pairs;
+    from then on one of fifty. The very first are not heard: what compiles in them would compile the hooks too. Of
+    compiled layers the noise alone is known, and what differs between processes.
 
     Args:
         model: the network.
@@ -42,13 +44,19 @@ class StatisticsWatch:
         self._still = Standstill(model, self._layers)
         self._ranks = BetweenRanks() if processes > 1 else None
         self._batch = 0
-        self._pairs = False  # whether this batch is one of a pair
+        self._hears = bool(self._layers or self.noise.hidden.layers)
+        self._is_heard = self._pairs = False  # whether this batch is, and whether it is one of a pair
 
     def begin_batch(self) -> bool:
         """Another batch begins; says whether it is to be heard."""
         self._batch += 1
-        self._still.begin()
-        self._pairs = self.noise.begin_batch()
+        if self._batch == 1:
+            self._still.begin()
+        place = (self._batch + 1) % (EVERY if self._batch < EARLY else SELDOM)
+        self._is_heard = self._pairs = False
+        if place < 2 and self._hears:  # noqa: PLR2004  (a pair)
+            self._pairs = self.noise.begin(second=place == 1)
+            self._is_heard = self._pairs or place == 1
         return self._is_heard
 
     def end_batch(self, step: int) -> bool:
@@ -57,21 +65,17 @@ class StatisticsWatch:
         Args:
             step: its optimizer step.
         """
-        heard = self._is_heard
-        if heard:
-            self._still.end_batch(step)
+        if not self._is_heard:
+            return False
+        self._still.end_batch(step)
         if self._pairs:
             latest = self.noise.latest()
             if self._ranks is not None:
                 for name, found in latest.items():
                     self._ranks.add(name, found.batch(), second=self.noise.is_second)
                 self._ranks.end_step()
-            self.noise.end_batch()
-        return heard
-
-    @property
-    def _is_heard(self) -> bool:
-        return bool(self._layers or self.noise.hidden.layers) and (self._pairs or self._batch % EVERY == 0)
+            self.noise.end()
+        return True
 
     def may_end(self, pl_module: LightningModule) -> bool:
         """Whether nothing more is to be heard of a batch that was heard and whose backward pass begins.

@@ -41,35 +41,55 @@ class Affine:
 
 
 def drift(now: Sequence[Affine], start: Sequence[Affine]) -> Tensor:
-    """Relative distance of γ and β from a start, layer by layer.
+    """Relative distance of γ and β from a start, layer by layer; one transfer brings all values to the host.
 
     Args:
         now: present values, one for each layer.
         start: values to compare with, same order and shapes.
 
     Returns:
-        ``(layers, 2)``, float32: ‖γ − γ₀‖/s and ‖β − β₀‖/s with s = ‖γ₀‖, or √C, the norm of the usual start γ = 1,
-        where γ starts at zero on purpose. Both are in the unit of γ₀, since β adds to what γ scales. All layers are
-        compared in a few operations, and nothing is read on the host.
+        ``(layers, 2)``, float32, on the host: what :func:`distances` gives.
+
+    Raises:
+        ValueError: where the numbers of layers differ.
 
     Example:
         >>> one, moved = torch.ones(4), torch.full((4,), 1.5)
         >>> drift([Affine(moved, torch.zeros(4))], [Affine(one, torch.zeros(4))])
         tensor([[0.5000, 0.0000]])
     """
-    pairs = [*zip(now, start, strict=True)]
-    gammas, first = [here.gamma.float() for here, _ in pairs], [there.gamma.float() for _, there in pairs]
-    betas, second = [here.beta.float() for here, _ in pairs], [there.beta.float() for _, there in pairs]
-    moved = torch._foreach_sub(gammas + betas, first + second)  # noqa: SLF001  (no public name)
-    gamma, beta, unit = _mean_roots([*moved, *first]).reshape(3, -1)
-    return torch.stack([gamma, beta], 1) / torch.where(unit > TINY, unit, 1.0).unsqueeze(1)
+    sizes = [len(here.gamma) for here, _ in zip(now, start, strict=True)]
+    values = torch.cat([x.double() for x in (*flat(now), *flat(start))]).cpu().numpy()
+    return torch.from_numpy(distances(values, sizes)[0]).float()
 
 
-def _mean_roots(values: list[Tensor]) -> Tensor:
-    """Root mean square of each of many tensors ``(C,)``, on the device of the first."""
-    norms = torch._foreach_norm(values)  # noqa: SLF001  (no public name)
-    roots = torch._foreach_div(norms, [math.sqrt(x.numel()) for x in values])  # noqa: SLF001  (no public name)
-    return torch.stack([x.to(values[0].device) for x in roots])
+def flat(layers: Sequence[Affine]) -> list[Tensor]:
+    """γ of all layers, then β of all, as they are to lie one after the other for :func:`distances`."""
+    return [layer.gamma for layer in layers] + [layer.beta for layer in layers]
+
+
+def distances(values: Rows, sizes: Sequence[int]) -> Rows:
+    """Relative distance of γ and β from one or several starts, of all layers at once.
+
+    Args:
+        values: ``((1 + starts)·2·(C₁ + C₂ + ...),)``, present γ and β and those of each start, as :func:`flat` orders
+            them.
+        sizes: channels of each layer, C₁, C₂, ...; at least one layer.
+
+    Returns:
+        ``(starts, layers, 2)``: ‖γ − γ₀‖/s and ‖β − β₀‖/s with s = ‖γ₀‖, or √C, the norm of the usual start γ = 1,
+        where γ starts at zero on purpose. Both are in the unit of γ₀, since β adds to what γ scales.
+    """
+    affine = values.reshape(-1, 2, sum(sizes))
+    starts = affine[1:]
+    with np.errstate(invalid="ignore"):  # infinite values
+        squares = np.concatenate([starts - affine[:1], starts[:, :1]], axis=1)
+        np.square(squares, out=squares)
+        begins = np.cumsum([0, *sizes[:-1]])
+        roots = np.sqrt(np.add.reduceat(squares, begins, axis=2) / sizes)
+        moved, unit = roots[:, :2], roots[:, 2:]
+        found: Rows = (moved / np.where(unit > TINY, unit, 1.0)).swapaxes(1, 2)
+    return found
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from lightning_bn.callbacks.noise import Noise, effective
 def follow(net, batches, *, run=None):
     noise = Noise(net)
     for place, x in enumerate(batches):
+        noise.begin(second=bool(place % 2))
         with noise.listening(noise.hear):
             (run or net)(x).sum().backward()
-        noise.end_step(second=bool(place % 2))
+        noise.end()
     return effective(noise.to_plain())
 
 
@@ -60,15 +61,16 @@ def test_a_checkpointed_layer_is_measured_in_its_first_pass():
 
 
 def test_a_checkpointed_layer_is_said_to_be_updated_twice_and_its_plain_twin_is_not():
-    """Backward runs it again, which its counter of batches tells."""
+    """Backward runs it again, which its counter of batches tells in the second batch of each pair."""
 
     def repeated(run):
         net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
         noise = Noise(net)
-        for x in batches(8, 4, count=4):
+        for place, x in enumerate(batches(8, 4, count=8)):
+            noise.begin(second=bool(place % 2))
             with noise.listening(noise.hear):
                 run(net, x).sum().backward()
-            noise.end_step(second=False)
+            noise.end()
         return noise.repeated
 
     assert repeated(lambda net, x: checkpoint(net, x, use_reentrant=False)) == {"1": 4}
@@ -80,15 +82,32 @@ def test_a_frozen_layer_is_not_measured():
     assert follow(nn.BatchNorm1d(4).eval(), [x.requires_grad_() for x in batches(8, 4)]) == ({}, 0)
 
 
+def test_pairs_of_changing_layers_are_kept_apart():
+    """A layer that is heard in some pairs only has as many pairs as it was heard in, and the noise of those."""
+    one, other = nn.BatchNorm1d(32), nn.BatchNorm1d(16)
+    noise = Noise(nn.ModuleList([one, other]))
+    for place, (x, y) in enumerate(zip(batches(8, 32, count=120), batches(4, 16, count=120), strict=True)):
+        noise.begin(second=bool(place % 2))
+        with noise.listening(noise.hear):
+            one(x)
+            if place % 6 > 1:
+                other(y)
+        noise.end()
+    plain = noise.to_plain()
+    assert [plain[name][2] for name in ("0", "1")] == [60, 40]
+    assert effective(plain)[0] == pytest.approx({"0": 8, "1": 4}, rel=0.2)
+
+
 def test_sums_of_processes_add_up():
     """Pairs that two processes saw count as those of one."""
     norm, parts = nn.BatchNorm1d(32), []
     for seed in (0, 1):
         noise = Noise(norm)
         for place, x in enumerate(batches(8, 32, seed=seed)):
+            noise.begin(second=bool(place % 2))
             with noise.listening(noise.hear):
                 norm(x)
-            noise.end_step(second=bool(place % 2))
+            noise.end()
         parts.append(noise.to_plain())
     found, pairs = effective(*parts)
     assert pairs == 128

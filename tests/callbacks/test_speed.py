@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_bn import BatchNormMonitor, find_batchnorm
 from lightning_bn.callbacks.drift import References
-from lightning_bn.callbacks.speed import Speed, share_of, squared_norms
+from lightning_bn.callbacks.speed import Speed, norms_of, share_of
 
 
 def affine_ids(model):
@@ -113,24 +113,26 @@ def test_a_step_is_looked_at_without_a_read_on_the_host():
     optimizer.step()
     speed.after(net, references)
     assert speed._copies == {}
-    assert speed._squares is None
+    assert speed._norms == []
 
 
 def test_a_gradient_that_is_not_finite_has_no_share():
     """Infinity and NaN are left out, and a scale that all gradients share cancels."""
-    assert math.isnan(share_of(math.inf, math.inf))
-    assert math.isnan(share_of(0.0, math.nan))
-    assert math.isnan(share_of(0.0, 0.0))
-    assert share_of(3.0 * 2**32, 4.0 * 2**32) == 0.75
+    assert math.isnan(share_of([math.inf, 1.0], [True, False]))
+    assert math.isnan(share_of([0.0, math.nan], [True, False]))
+    assert math.isnan(share_of([0.0, 0.0], [True, False]))
+    assert math.isnan(share_of([], []))
+    assert share_of([2.0**17, 3.0**0.5 * 2**17], [False, True]) == pytest.approx(0.75)
 
 
 def test_a_sparse_gradient_leaves_the_share_unknown():
     """Its norm is not that of its values where an index comes twice."""
     table, norm = nn.Embedding(4, 2, sparse=True), nn.BatchNorm1d(2)
     norm(table(torch.tensor([0, 0, 1, 2]))).square().sum().backward()
-    assert squared_norms([*table.parameters(), *norm.parameters()], affine_ids(norm)) is None
-    both = squared_norms(norm.parameters(), affine_ids(norm)).tolist()
-    assert both[0] == both[1] > 0
+    assert norms_of([*table.parameters(), *norm.parameters()], affine_ids(norm)) is None
+    values, on_affine = norms_of(norm.parameters(), affine_ids(norm))
+    torch.testing.assert_close(values, torch.stack([norm.weight.grad.norm(), norm.bias.grad.norm()]))
+    assert share_of(values.tolist(), on_affine) == 1
 
 
 def test_the_verdict_carries_speed_and_share(make_trainer):

@@ -94,6 +94,12 @@ def test_a_non_finite_parameter_leaves_drift_undefined():
     assert found[1] == pytest.approx(0.2)
 
 
+def test_an_infinite_parameter_leaves_drift_undefined_without_a_word():
+    """Infinity less infinity is NaN, and NumPy does not warn of it."""
+    same = affine([math.inf, 1], [0, 0])
+    assert math.isnan(drift([same], [same])[0, 0])
+
+
 def test_a_start_is_a_copy():
     """Values taken as a start do not follow the parameters, and belong to no graph."""
     gamma, beta = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.zeros(3))

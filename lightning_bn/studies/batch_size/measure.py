@@ -138,10 +138,12 @@ def train(
         for rows in whole_steps(torch.randperm(len(data.images), generator=order), batch * accumulate):
             optimizer.zero_grad()
             for part in torch.split(rows, batch):
-                with noise.listening(noise.hear) if noise.begin_batch() else nullcontext():
+                heard = noise.begin_batch()
+                with noise.listening(noise.hear) if heard else nullcontext():
                     loss = cross_entropy(net(data.images[part]), data.labels[part])
                 torch.autograd.backward(loss / accumulate)
-                noise.end_batch()
+                if heard:
+                    noise.end()
                 losses.append(loss.detach())
             optimizer.step()
             schedule.step()
