@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.callbacks.asked_norms import AskedNorms
 from lightning_bn.callbacks.slopes import Slopes
 from lightning_bn.callbacks.tally import Reader, Tally
 from lightning_bn.callbacks.wiring import WEIGHTED, Wiring
-from lightning_bn.stats.batchnorm import output_moments, saved_statistics
 from lightning_bn.stats.effective_rank import participation_ratio
 from lightning_bn.stats.finite import is_measurable
 from lightning_bn.stats.histogram import bin_counts
-from lightning_bn.stats.moments import COUNT, M2, MEAN, NONFINITE, Rows, blank, pool, wide_dtype
+from lightning_bn.stats.moments import Rows, blank, pool, wide_dtype
 from lightning_bn.stats.units import Kind, active_counts
 from lightning_bn.taps import tensors_in
 
@@ -81,16 +80,6 @@ class Active(NamedTuple):
     pieces: range
 
 
-class Norm(NamedTuple):
-    """What a BatchNorm layer made of one batch: mean, 1/√(v + ε) and, with them if it has them, γ and β."""
-
-    name: str
-    size: int
-    channels: int
-    eps: float
-    vector: Tensor
-
-
 class Ear:
     """Collects the numbers of a due step on the device; :meth:`tell` brings them to the host, all in one transfer.
 
@@ -113,7 +102,7 @@ class Ear:
     ) -> None:
         self._places = {name: place for place, name in enumerate(layers)}
         self._kinds, self._device, self._tally = kinds, device, Tally(device)
-        self._ranked, self._slopes = ranked, slopes
+        self._ranked, self._slopes, self._norms = ranked, slopes, AskedNorms()
         self.careful: Collection[str] = set(self._places)
         """Layers whose spread plain sums would lose, or of which nothing is known yet: measured in two passes."""
         self.wiring: Wiring | None = Wiring()
@@ -127,7 +116,7 @@ class Ear:
         self._tally.clear()
         if self._slopes is not None:
             self._slopes.begin()
-        self._norms: list[Norm] = []
+        self._norms.clear()
         self._active: list[Active] = []
         self._bins: dict[str, Tensor] = {}
         self._varied: dict[str, Tensor] = {}
@@ -164,19 +153,19 @@ class Ear:
         host = Reader(self._fetch(more))
         self._tally.read(host)
         slopes = blank(0) if self._slopes is None else self._slopes.read(host)
-        free, variances = self._read_norms(host)
+        free, variances = self._norms.read(host)
         units = self._read_units(host)
         bins = {name: [int(count) for count in host.take(len(counts))] for name, counts in self._bins.items()}
         varied, ranks = host.named(self._varied), host.named(self._ranks)
         rows, places = self._tally.rows()
-        places += [self._places[norm.name] for norm in self._norms]
+        places += [self._places[name] for name in self._norms.names]
         pooled = pool(np.concatenate([rows, free]), places, len(self._places))
         told = Heard(pooled, slopes, units, variances, varied, self._order, bins, ranks, host.rest())
         self.begin()
         return told
 
     def _measure(self, name: str, module: nn.Module, x: Tensor) -> None:
-        asked = isinstance(module, _BatchNorm) and self._ask(name, module, x)
+        asked = isinstance(module, _BatchNorm) and self._norms.ask(name, module, x)
         if asked and name not in self.binned:
             return
         x = x.detach()
@@ -186,7 +175,7 @@ class Ear:
             self._bins[name] = counts + self._bins[name] if name in self._bins else counts
             if asked:
                 return
-        place, size = self._places[name], x.numel()
+        size = x.numel()
         if self.wiring is not None and isinstance(module, WEIGHTED) and x.dim() > 1 and size:
             self._varied[name] = _over_samples(x, -1 if isinstance(module, nn.Linear) else 1)
         if name in self._ranked and x.dim() > 1 and size:
@@ -194,30 +183,14 @@ class Ear:
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         kind = self._kinds.get(name) if size else None
         told = kind is not None and kind[0].name == "relu"  # active is what is not 0
-        pieces = self._tally.add(place, x, careful=name in self.careful, zeros=not told)
+        pieces = self._tally.add(self._places[name], x, careful=name in self.careful, zeros=not told)
         if kind is not None:
             active, samples = active_counts(x.float(), *kind), x.shape[0] if x.dim() > 1 else 1
             self._active.append(Active(name, active, size // len(active), samples, pieces if told else range(0)))
 
-    def _ask(self, name: str, module: _BatchNorm, output: Tensor) -> bool:
-        """Let a BatchNorm layer in training say what it computed anyway."""
-        saved = saved_statistics(output)
-        if saved is None:
-            return False
-        mean, inverse = saved
-        gamma: Tensor | None = module.weight
-        beta: Tensor | None = module.bias
-        parts = [mean, inverse]
-        if gamma is not None or beta is not None:
-            parts.append(torch.ones_like(mean) if gamma is None else gamma)
-            parts.append(torch.zeros_like(mean) if beta is None else beta)
-        # A copy: when the numbers are put together, the optimizer has moved γ and β.
-        self._norms.append(Norm(name, output.numel(), len(mean), module.eps, torch.cat(parts).detach()))
-        return True
-
     def _fetch(self, more: Sequence[Tensor]) -> Rows:
         parts = self._tally.parts() + ([] if self._slopes is None else self._slopes.parts())
-        parts += [norm.vector for norm in self._norms]
+        parts += self._norms.parts()
         parts += [heard.active for heard in self._active]
         parts += self._bins.values()
         for single in (list(self._varied.values()), list(self._ranks.values()), list(more)):
@@ -229,19 +202,6 @@ class Ear:
 
     def _here(self, tensors: list[Tensor]) -> list[Tensor]:
         return [x if x.device == self._device else x.to(self._device, non_blocking=True) for x in tensors]
-
-    def _read_norms(self, host: Reader) -> tuple[Rows, dict[str, float]]:
-        """Rows of which mean and variance are known, and range and zeros are not; and median batch variances."""
-        rows, variances = blank(len(self._norms)), {}
-        for row, norm in zip(rows, self._norms, strict=True):
-            mean, inverse, *affine = host.take(len(norm.vector)).reshape(-1, norm.channels)
-            gamma, beta = affine or (np.ones(norm.channels), np.zeros(norm.channels))
-            total, spread = output_moments(mean, inverse, gamma, beta, norm.eps)
-            row[COUNT], row[MEAN], row[M2] = norm.size, total, spread * norm.size
-            row[NONFINITE] = 0 if math.isfinite(total) and math.isfinite(spread) else math.nan
-            middle = float(np.sort(inverse)[norm.channels // 2])
-            variances[norm.name] = 1 / middle**2 - norm.eps if middle else math.inf
-        return rows, variances
 
     def _read_units(self, host: Reader) -> dict[str, Units]:
         """Units by layer; and the tally is told how many values of a ReLU are not 0."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -212,27 +213,43 @@ def batch_statistics_from_running(before: Batch, after: Batch, *, factor: float,
     return Batch(mean, var if count is None else var * ((count - 1) / count))
 
 
-def output_moments(mean: Rows, inverse: Rows, gamma: Rows, beta: Rows, eps: float) -> tuple[float, float]:
-    """Mean and variance of the whole output of a BatchNorm layer in training.
-
-    They follow from γ, β and the batch variance v: each channel has mean β and variance γ²·v/(v + ε), and as many
-    values as every other (Ioffe & Szegedy 2015, alg. 1).
+class Passed(NamedTuple):
+    """What a BatchNorm layer made of a batch.
 
     Args:
-        mean: batch mean of the input, ``(C,)``, on the host as all others.
-        inverse: 1/√(v + ε), v being the biased batch variance of the input, ``(C,)``.
-        gamma: ``(C,)``.
-        beta: ``(C,)``.
-        eps: the layer's ε.
+        mean: mean of all values that it put out; NaN where a value of its input was not finite.
+        var: their biased variance; likewise.
+        median: over channels, of the biased batch variance of its input; the upper one of two in the middle.
+    """
+
+    mean: float
+    var: float
+    median: float
+
+
+def output_moments(values: Rows, eps: Sequence[float]) -> list[Passed]:
+    """Moments of the whole outputs of BatchNorm layers in training, from what they normalised by.
+
+    Each channel has mean β and variance γ²·v/(v + ε) = γ² - ε·(γ·r)² with r = 1/√(v + ε), v being the biased batch
+    variance of the input, and as many values as every other (Ioffe & Szegedy 2015, alg. 1).
+
+    Args:
+        values: ``(layers, 4, C)``, on the host, C at least 1: batch mean of the input, r, γ and β. Written to.
+        eps: ε of each layer.
 
     Returns:
-        Mean and biased variance over all values; NaN where a value of the input was not finite.
+        One entry for each layer.
     """
-    count = len(mean)
-    if not math.isfinite(mean.sum()):
-        return math.nan, math.nan
-    square = inverse * inverse
-    # A variance beyond float32 leaves (x - mean) · 0: the channel is constant.
-    kept = np.where(square > 0, np.maximum(1 - eps * square, 0), 0)
-    total = float(beta.sum()) / count
-    return total, max(float(np.dot(gamma * gamma, kept) + np.dot(beta, beta)) / count - total**2, 0.0)
+    with np.errstate(all="ignore"):
+        ordered = np.sort(values[:, 1], -1)
+        if not ordered[:, 0].all():  # a variance beyond float32 leaves (x - mean) · 0: the channel is constant
+            values[:, 2] *= values[:, 1] != 0
+        values[:, 1] *= values[:, 2]
+        sums, squares = values.sum(-1).tolist(), np.square(values).sum(-1).tolist()
+    channels, found = values.shape[-1], []
+    middles = ordered[:, channels // 2].tolist()
+    for (means, _, _, betas), (_, cut, gammas, shifts), middle, e in zip(sums, squares, middles, eps, strict=True):
+        mean = betas / channels if math.isfinite(means) else math.nan
+        var = max((gammas - e * cut + shifts) / channels - mean * mean, 0.0) if mean == mean else math.nan  # noqa: PLR0124
+        found.append(Passed(mean, var, 1 / middle**2 - e if middle else math.inf))
+    return found

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bn.stats.moments import Rows, zero_counts
+from lightning_bn.stats.moments import COUNT, HIGH, KNOWN, LOW, M2, MEAN, NONFINITE, WIDTH, ZEROS, Rows, zero_counts
 from lightning_bn.stats.slots import Slots
 
 PIECE = 1 << 17
@@ -71,14 +71,17 @@ def complete_sketches(sums: Rows, counts: Rows) -> Rows:
         the range is not finite nobody counted how many values are not.
     """
     total, squares, low, high, nonzero = sums.T
+    rows = np.empty((len(sums), WIDTH))
     with np.errstate(all="ignore"):
         mean = total / counts
         m2 = squares - total * mean
         absmax = np.maximum(high, -low)
-        sure = (m2 >= SURE * squares) & (absmax >= SMALLEST) & (absmax <= LARGEST)
-        m2 = np.where(sure | (absmax == 0), m2, np.nan)
-        bad = np.where(np.isfinite(absmax), 0, np.nan)
-        return np.stack([counts, mean, m2, low, high, zero_counts(counts, nonzero, absmax), counts, bad], 1)
+        sure = (m2 >= SURE * squares) & (absmax >= SMALLEST) & (absmax <= LARGEST) | (absmax == 0)
+        rows[:, MEAN], rows[:, M2], rows[:, LOW], rows[:, HIGH] = mean, np.where(sure, m2, np.nan), low, high
+        rows[:, COUNT] = rows[:, KNOWN] = counts
+        rows[:, ZEROS] = zero_counts(counts, nonzero, absmax)
+        rows[:, NONFINITE] = np.where(np.isfinite(absmax), 0, np.nan)
+    return rows
 
 
 def _sums(flat: Tensor, slots: Slots, signs: Tensor | None) -> None:

@@ -136,7 +136,8 @@ def moments_of_output(norm, y):
     mean, inverse = (x.detach().double().numpy() for x in saved_statistics(y))
     ones, zeros = np.ones(norm.num_features), np.zeros(norm.num_features)
     gamma, beta = (ones, zeros) if norm.weight is None else (x.detach().numpy() for x in (norm.weight, norm.bias))
-    return output_moments(mean, inverse, gamma, beta, norm.eps)
+    (found,) = output_moments(np.stack([mean, inverse, gamma, beta])[None], [norm.eps])
+    return found[:2]
 
 
 SHAPES = [
@@ -184,6 +185,23 @@ def test_a_variance_beyond_float32_leaves_a_constant():
     norm = torch.nn.BatchNorm1d(1)
     assert moments_of_output(norm, norm(torch.tensor([[1e25], [-1e25]]))) == (0.0, 0.0)
     assert np.isnan(moments_of_output(norm, norm(torch.tensor([[float("nan")], [1.0]])))).all()
+
+
+def test_layers_are_told_apart_and_the_spread_of_their_input_is_told():
+    """Several layers at once give what each gives alone, and the median over channels of their batch variances."""
+    torch.manual_seed(0)
+    norms, alone, together = [torch.nn.BatchNorm1d(5, eps=eps) for eps in (1e-5, 0.5)], [], []
+    for norm in norms:
+        x = torch.randn(16, 5) * torch.tensor([1.0, 2.0, 3.0, 4.0, 1e25])
+        y = trained(norm, x)
+        alone.append(moments_of_output(norm, y))
+        mean, inverse = (part.detach().double().numpy() for part in saved_statistics(y))
+        together.append(np.stack([mean, inverse, *(p.detach().double().numpy() for p in (norm.weight, norm.bias))]))
+        expected = x.double().var(0, correction=0).median().item()
+        (passed,) = output_moments(np.stack(together[-1:]), [norm.eps])
+        assert passed.median == pytest.approx(expected, rel=1e-5)
+        assert passed[:2] == pytest.approx([y.double().mean().item(), y.double().var(correction=0).item()], rel=1e-4)
+    assert [found[:2] for found in output_moments(np.stack(together), [1e-5, 0.5])] == alone
 
 
 @pytest.mark.parametrize(
