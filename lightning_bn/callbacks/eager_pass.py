@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from lightning_bn.callbacks.base import is_compiled
-from lightning_bn.callbacks.rehearsal import cannot_rehearse, cannot_unwrap, rehearse
+from lightning_bn.callbacks.rehearsal import cannot_rehearse, cannot_repeat, cannot_unwrap
 from lightning_bn.findings import Finding
 from lightning_bn.rules.not_watched import not_watched
 from lightning_bn.taps import COMPILED, reachable
@@ -18,31 +18,25 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-def hear_apart(
-    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, listening: AbstractContextManager[Any]
-) -> Finding | None:
-    """Run a training step in advance, eagerly and without a trace, and have its first forward pass heard.
+def hear_apart(run: Callable[[], object]) -> Finding | None:
+    """Have a step run in advance, eagerly and without a trace, for the sake of those who listen.
 
     Args:
-        trainer: the trainer, before the step.
-        pl_module: its model.
-        batch: what the step will get.
-        batch_idx: its number in the epoch.
-        listening: the block of a :func:`~lightning_bn.taps.listen`.
+        run: runs it, such as a :func:`~lightning_bn.callbacks.rehearsal.rehearse`.
 
     Returns:
         A note where the step raised: an exception of the user's own will come again in the real one.
     """
     try:
-        rehearse(trainer, pl_module, batch, batch_idx, listening)
+        run()
     except Exception as error:  # noqa: BLE001  (whatever a step may raise)
         return not_watched("a part of the first forward pass", f"{type(error).__name__}: {error}")
     return None
 
 
-def goes_apart(trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Whether a model is compiled, and its steps can be run a second time, eagerly."""
-    return has_compiled(pl_module) and cannot_run_eagerly(trainer, pl_module) is None
+def goes_apart(trainer: Trainer, pl_module: LightningModule, stage: str = "training_step") -> bool:
+    """Whether a model is compiled, and this step of it can be run a second time, eagerly."""
+    return has_compiled(pl_module) and cannot_run_eagerly(trainer, pl_module, stage) is None
 
 
 def has_compiled(pl_module: LightningModule) -> bool:
@@ -50,8 +44,9 @@ def has_compiled(pl_module: LightningModule) -> bool:
     return is_compiled(pl_module) or COMPILED in reachable(pl_module)[1].values()
 
 
-def cannot_run_eagerly(trainer: Trainer, pl_module: LightningModule) -> str | None:
+def cannot_run_eagerly(trainer: Trainer, pl_module: LightningModule, stage: str = "training_step") -> str | None:
     """Why a step of a compiled model cannot be run a second time, eagerly, in words; None where it can."""
     if not hasattr(torch.compiler, "set_stance"):
         return f"torch {torch.__version__} cannot run it eagerly (2.6 can)"
-    return cannot_unwrap(trainer) or cannot_rehearse(pl_module)
+    training = stage == "training_step"
+    return cannot_unwrap(trainer) or (cannot_rehearse(pl_module) if training else cannot_repeat(pl_module, stage))

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_bn.callbacks.base import shielded
+from lightning_bn.callbacks.eager_pass import goes_apart, has_compiled
 from lightning_bn.callbacks.first_look import FirstLook
 from lightning_bn.callbacks.guard import NOTHING, Guard
 from lightning_bn.callbacks.inquest import Verdict, inquire, merged, placed
@@ -95,7 +96,17 @@ class EvalGuard(Guard):
             self._bad_before = _bad_losses(trainer)
         if not self._looked:
             self._looked = True
-            self._listen_to(FirstLook(pl_module, case.batch, TAG, "First forward pass in validation"))
+            self._begin_look(trainer, pl_module, case)
+
+    def _begin_look(self, trainer: Trainer, pl_module: LightningModule, case: Case) -> None:
+        apart = goes_apart(trainer, pl_module, case.stage)
+        look = FirstLook(pl_module, case.batch, TAG, "First forward pass in validation", eager=apart)
+        if apart:
+            self._listen_apart(trainer, pl_module, case, look)
+            return
+        for note in look.unseen() if has_compiled(pl_module) else ():
+            self.emit(note)
+        self._listen_to(look)
 
     def _end_evaluation(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
         case, look = self._eval_case, self._watch.look

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from lightning_bn.callbacks.console import print_above_bar
 from lightning_bn.callbacks.eager_pass import hear_apart
 from lightning_bn.callbacks.first_look import FirstLook
 from lightning_bn.callbacks.inquest import Course, Verdict, inquire, statistics_faults
+from lightning_bn.callbacks.rehearsal import rehearse, rehearse_evaluation
 from lightning_bn.callbacks.retrace import Case
 from lightning_bn.callbacks.snapshot import Snapshot
 from lightning_bn.callbacks.watch import LossReader, are_bad, statistics_in
@@ -101,7 +103,12 @@ class Guard(Monitor):
         """Listen to a pass of its own, which runs compiled modules eagerly and leaves no trace."""
         self._watch.look = look
         listening = listen(look.layers, self._hear, self._expect)
-        self.emit(hear_apart(trainer, pl_module, case.batch, case.batch_idx, listening))
+        if case.stage == "training_step":
+            run = partial(rehearse, trainer, pl_module, case.batch, case.batch_idx, listening)
+        else:
+            which = (case.stage, case.batch, case.batch_idx, case.dataloader_idx)
+            run = partial(rehearse_evaluation, trainer, pl_module, *which, listening)
+        self.emit(hear_apart(run))
 
     @shielded
     def _expect(self, name: str, module: torch.nn.Module, inputs: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_bn.precise import eagerly
@@ -68,6 +69,38 @@ def rehearse(
         if loss is not None and loss.requires_grad:
             pl_module.backward(loss / getattr(trainer, "accumulate_grad_batches", 1))
         return output
+
+
+def rehearse_evaluation(  # noqa: PLR0917  (what says which step it is)
+    trainer: Trainer,
+    pl_module: LightningModule,
+    stage: str,
+    batch: Any,
+    batch_idx: int,
+    dataloader_idx: int,
+    listening: AbstractContextManager[Any],
+) -> Any:
+    """Run ``validation_step`` or ``test_step`` on a copy of a batch without a trace, as :func:`rehearse` does training.
+
+    Args:
+        trainer: the trainer, between the hooks of its loop.
+        pl_module: its model.
+        stage: name of the step.
+        batch: what it gets, on the model's device.
+        batch_idx: its number.
+        dataloader_idx: the number of its loader.
+        listening: the block of a :func:`~lightning_bn.taps.listen` that is to hear the step.
+
+    Returns:
+        What the step returned.
+
+    Raises:
+        TypeError: where the batch cannot be copied.
+    """
+    step = getattr(pl_module, stage)
+    with apart(trainer, pl_module), listening, torch.no_grad(), trainer.precision_plugin.val_step_context():
+        args, kwargs = arguments(step, copied(batch), batch_idx, dataloader_idx)
+        return step(*args, **kwargs)
 
 
 @contextmanager

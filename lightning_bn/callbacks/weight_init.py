@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_bn.callbacks.eager_pass import goes_apart, has_compiled, hear_apa
 from lightning_bn.callbacks.first_batch import find_factors, first_pass, foretell, judge_loss, publish
 from lightning_bn.callbacks.late_layers import after_building
 from lightning_bn.callbacks.mark import Mark, close_mark, mark_of, set_mark
+from lightning_bn.callbacks.rehearsal import rehearse
 from lightning_bn.first_signal import SignalRecorder
 from lightning_bn.init_plan import LAZY, Plan, Wishes, plan, without
 from lightning_bn.init_report import init_console
@@ -273,7 +275,7 @@ class WeightInit(Monitor):
         self._recorder = recorder = SignalRecorder(pl_module, eager=apart)
         listening = listen(recorder.layers if apart or not is_compiled(pl_module) else {}, self._hear)
         if apart:
-            self.emit(hear_apart(trainer, pl_module, batch, batch_idx, listening))
+            self.emit(hear_apart(partial(rehearse, trainer, pl_module, batch, batch_idx, listening)))
         else:
             self._ear = self.live.hooks.enter_context(ExitStack())
             self._ear.enter_context(listening)

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compiling import Counting, Mute, as_a_part, in_parts, in_place
+from compiling import Chain, Counting, Mute, as_a_part, in_parts, in_place
 from harm import Manual, assert_identical, everything_after
 from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import DDPStrategy
-from specimens import FEATURES, Healthy, loader
+from specimens import FEATURES, Healthy, loader, network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torchmetrics import MeanMetric
 
 from lightning_bn import ActivationMonitor, NaNGuard, WeightInit, diagnose
 from lightning_bn.callbacks.rehearsal import cannot_unwrap
@@ -165,6 +166,59 @@ def test_the_first_pass_of_a_compiled_model_is_looked_at_in_full(make_trainer, c
     assert guard.findings == []
     (text,) = (entry.tensor_proto.string_val[0] for entry in texts(trainer, "bn_first_pass"))
     assert [name in text.decode() for name in ("`net.0.0`", "`net.0.1`", "`net.1`", "`net.2`")] == [True] * 4
+
+
+@WAYS
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_the_first_validation_batch_of_a_compiled_model_is_looked_at_in_full(make_trainer, compile_it, sanity):
+    """Also in the sanity check; nothing compiles again, and no metric or logged value counts the batch twice."""
+
+    class Measured(Mute):
+        def __init__(self):
+            super().__init__()
+            self.seen = MeanMetric()
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if not torch.compiler.is_compiling():
+                self.seen.update(batch[0])
+
+        def on_validation_epoch_end(self):
+            ends.append((self.trainer.callback_metrics.get("val_loss"), self.seen.update_count))
+
+    runs = []
+    for callbacks in ((), (NaNGuard(),)):
+        torch._dynamo.reset()
+        seed_everything(3)
+        ends, backend, model = [], Counting(), Measured()
+        trainer = make_trainer(*callbacks, num_sanity_val_steps=sanity)
+        trainer.fit(compile_it(model, backend=backend), loader(), loader(seed=1))
+        runs.append((everything_after(trainer, model), vars(backend), ends))
+    assert_identical(*runs)
+    assert callbacks[0].findings == []
+    (text,) = (entry.tensor_proto.string_val[0] for entry in texts(trainer, "bn_first_validation"))
+    assert [name in text.decode() for name in ("`net.0.0`", "`net.0.1`", "`net.1`", "`net.2`")] == [True] * 4
+
+
+@WAYS
+def test_a_layer_that_is_sick_in_evaluation_alone_is_named(make_trainer, compile_it):
+    """Behind the compiler too, and its healthy twin is silent, in a validation of its own."""
+
+    class InEval(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x):
+            return x if self.training else torch.sqrt(self.scale * x.square())
+
+    for scale in (1.0, -1.0):
+        torch._dynamo.reset()
+        seed_everything(5)
+        guard, model = NaNGuard("warn"), Mute(Chain(network()[:3], InEval(scale), nn.Linear(16, 4)))
+        make_trainer(guard).validate(compile_it(model, backend="eager"), loader())
+        found = [(finding.rule, finding.layer) for finding in guard.findings]
+        assert found == ([] if scale > 0 else [("invalid-operation", "net.1")])
 
 
 def test_an_exception_in_the_pass_of_its_own_leaves_the_guard_on(make_trainer):
