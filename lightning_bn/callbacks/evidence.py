@@ -14,6 +14,10 @@ from lightning_bn.callbacks.best_weights import Weights, fingerprint, is_same
 from lightning_bn.callbacks.training_batches import GIGABYTE, TrainingBatches
 from lightning_bn.rules.affine_drift import Watched
 
+RENEWED = 8
+"""Epochs after which the kept training batches are taken anew: of a small data set every batch is copied to the host
+for that."""
+
 
 class Evidence:
     """Keeps a sample of training and validation batches, and what each validation is compared with.
@@ -26,7 +30,7 @@ class Evidence:
 
     def __init__(self, num_samples: int, max_gigabytes: float, seed: int) -> None:
         self._bounds = (num_samples, max_gigabytes * GIGABYTE, seed)
-        self._training = TrainingBatches(*self._bounds)
+        self._training = TrainingBatches(*self._bounds, every=RENEWED)
         self._validation: dict[int, TrainingBatches] = {}
         self._offered = 0
         self._modes: dict[nn.Module, bool] = {}
@@ -129,7 +133,8 @@ class Evidence:
 
     def drop_batches(self) -> None:
         """Give back the memory of the batches; the weights of the best validation stay."""
-        self._training, self._validation, self._modes = TrainingBatches(*self._bounds), {}, {}
+        self._training, self._validation = TrainingBatches(*self._bounds, every=RENEWED), {}
+        self._modes = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and CPU tensors; batches are kept anew."""

@@ -67,10 +67,13 @@ class TrainingBatches:
         num_samples: keep about so many samples: as many batches of the first one's length as it takes.
         max_bytes: never more than this, but for a single batch.
         seed: of the choice.
+        every: take those of every so many epochs: a short epoch is kept whole, and each of its batches copied.
     """
 
-    def __init__(self, num_samples: int, max_bytes: float, seed: int = 0) -> None:
-        self._wanted, self._max_bytes = num_samples, max_bytes
+    def __init__(self, num_samples: int, max_bytes: float, seed: int = 0, every: int = 1) -> None:
+        self._wanted, self._max_bytes, self._every = num_samples, max_bytes, every
+        self._epochs = 0
+        self._rests = False
         self._random = random.Random(seed)  # noqa: S311  (no cryptography)
         self._seen = 0  # batches of this epoch
         self._most = 0  # batches of the longest epoch
@@ -94,8 +97,10 @@ class TrainingBatches:
         return sum(entry.nbytes for entry in self.kept)
 
     def begin_epoch(self) -> None:
-        """Let the batches of a new epoch take the place of the old ones, one by one."""
+        """Let the batches of a new epoch take the place of the old ones, one by one, if it is its turn."""
         self._seen = 0
+        self._rests = bool(self.kept) and self._epochs % self._every != 0
+        self._epochs += 1
 
     def offer(self, batch: Any, number: int) -> bool:
         """Keep a batch or not; copies it if so.
@@ -112,6 +117,8 @@ class TrainingBatches:
         """
         self._seen += 1
         self._most = max(self._most, self._seen)
+        if self._rests:
+            return False
         place = self._seen - 1 if self._seen <= max(self._room, 1) else self._random.randrange(self._seen)
         if place >= max(self._room, 1):
             return False

@@ -25,7 +25,7 @@ def overfitting_elsewhere(case: Case) -> Finding | None:
         f"the rise, though γ moved by {case.drift:.0%} of its norm: the overfitting is not carried by γ and β"
     )
     advice = (
-        f"stop at epoch {case.best_epoch}, or use augmentation, dropout, weight decay or more data; freezing γ and β is "
-        "unlikely to help"
+        f"stop at epoch {case.best_epoch}, or use augmentation, dropout, weight decay or more data; freezing γ and β "
+        "is unlikely to help"
     )
     return Finding(RULE, Severity.WARNING, evidence, advice, data=case.data())

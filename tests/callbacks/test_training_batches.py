@@ -80,6 +80,15 @@ def test_old_batches_leave_as_the_first_ones_of_a_new_epoch_come():
     assert sorted(kept_numbers(batches)) == list(range(200, 205))
 
 
+def test_epochs_between_two_turns_copy_nothing():
+    """Of every third epoch the batches are kept, from the first on, and how many there are is known of all."""
+    batches, kept = TrainingBatches(20, 1e9, every=3), []
+    for epoch in range(7):
+        fill(batches, range(10 * epoch, 10 * epoch + (4 if epoch else 3)))
+        kept.append({number // 10 for number in kept_numbers(batches)})
+    assert kept == [{0}, {0}, {0}, {3}, {3}, {3}, {6}]
+
+
 def test_few_batches_are_copied():
     """Of n batches about K·(1 + ln(n/K)) are copied for the K that stay: here 5·(1 + ln 200) = 31."""
     batches, copied = TrainingBatches(20, 1e9), 0
