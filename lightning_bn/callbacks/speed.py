@@ -120,8 +120,8 @@ def share_of(norms: Sequence[float], on_affine: Sequence[bool]) -> float:
         on_affine: whether it is the gradient of γ or β.
 
     Example:
-        >>> share_of([1.0, 3.0**0.5], [True, False])
-        0.25
+        >>> share_of([3.0, 4.0], [True, False])
+        0.36
     """
     everything = math.fsum(norm * norm for norm in norms) if all(map(math.isfinite, norms)) else math.nan
     affine = math.fsum(norm * norm for norm, mine in zip(norms, on_affine, strict=True) if mine)
