@@ -40,13 +40,12 @@ def sketch(x: Tensor, slots: Slots, *, zeros: bool = True) -> list[int]:
     if size == 0:
         return []
     if size <= PIECE or flat.device.type != "cpu":
-        _sums(flat, slots, torch.sign(flat) if zeros else None)
+        _sums(flat, slots, torch.empty_like(flat) if zeros else None)
         return [size]
     scratch = torch.empty(PIECE) if zeros else None
     pieces = torch.split(flat, PIECE)
     for piece in pieces:
-        signs = None if scratch is None else torch.sign(piece, out=scratch[: len(piece)])
-        _sums(piece, slots, signs)
+        _sums(piece, slots, None if scratch is None else scratch[: len(piece)])
     return [len(piece) for piece in pieces]
 
 
@@ -84,10 +83,10 @@ def complete_sketches(sums: Rows, counts: Rows) -> Rows:
     return rows
 
 
-def _sums(flat: Tensor, slots: Slots, signs: Tensor | None) -> None:
+def _sums(flat: Tensor, slots: Slots, scratch: Tensor | None) -> None:
     total, squares, low, high, nonzero = slots.row()
     torch.sum(flat, 0, out=total)
     torch.dot(flat, flat, out=squares)
     torch.aminmax(flat, out=(low, high))
-    if signs is not None:  # 1, 0 or -1, so that the squares count
-        torch.dot(signs, signs, out=nonzero)
+    if scratch is not None:
+        torch.sum(torch.ne(flat, 0, out=scratch), 0, out=nonzero)
