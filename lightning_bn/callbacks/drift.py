@@ -9,8 +9,6 @@ from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -22,8 +20,7 @@ from lightning_bn.parameter_groups import groups_of
 from lightning_bn.rules.affine_drift import Pace, Watched, affine_drift
 from lightning_bn.rules.collapsed_gamma import SMALL, collapsed_gamma
 from lightning_bn.rules.not_watched import not_watched
-from lightning_bn.stats.batchnorm import Affine, distances, flat
-from lightning_bn.stats.moments import Rows
+from lightning_bn.stats.batchnorm import Affine, distances, flat, on_host
 from lightning_bn.taps import is_below
 
 Pairs = dict[str, tuple[float, float]]
@@ -78,7 +75,7 @@ def measured(
     for names, places in groups.items():
         for values in (now, *(references[place] for place in places)):
             parts += flat([values[name] for name in names])
-    numbers, begin = _on_host([*parts, *beside]), 0
+    numbers, begin = on_host([*parts, *beside]), 0
     found: list[Pairs] = [{} for _ in references]
     for names, places in groups.items():
         sizes = [len(now[name].gamma) for name in names]
@@ -88,16 +85,6 @@ def measured(
             found[place] = {name: (gamma, beta) for name, (gamma, beta) in zip(names, mine, strict=True)}
         begin = end
     return found, numbers[begin:].tolist()
-
-
-def _on_host(parts: Sequence[Tensor]) -> Rows:
-    """All values, one after the other, in one transfer."""
-    if not parts:
-        return np.zeros(0)
-    device = parts[0].device
-    here = [x if x.device == device else x.to(device, non_blocking=True) for x in parts]
-    found: Rows = torch.cat(here).cpu().double().numpy()
-    return found
 
 
 class References:

@@ -106,7 +106,7 @@ def norms_of(parameters: Iterable[nn.Parameter], affine: set[int]) -> Norms | No
     device = gradients[0].device
     norms = list(torch._foreach_norm(gradients))  # noqa: SLF001  (what clip_grad_norm_ uses)
     if any(x.device != device or x.dtype != norms[0].dtype for x in norms):
-        norms = [x.to(device, torch.float32, non_blocking=True) for x in norms]
+        norms = [x.to(device, torch.float32, non_blocking=device.type != "cpu") for x in norms]
     return Norms(torch.stack(norms), [mine for _, mine in graded])
 
 

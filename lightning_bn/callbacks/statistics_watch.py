@@ -52,7 +52,7 @@ class StatisticsWatch:
         self._batch += 1
         if self._batch == 1:
             self._still.begin()
-        place = (self._batch + 1) % (EVERY if self._batch < EARLY else SELDOM)
+        place = (self._batch + 1) % (EVERY if self._batch <= EARLY else SELDOM)
         self._is_heard = self._pairs = False
         if place < 2 and self._hears:  # noqa: PLR2004  (a pair)
             self._pairs = self.noise.begin(second=place == 1)

@@ -60,13 +60,25 @@ def drift(now: Sequence[Affine], start: Sequence[Affine]) -> Tensor:
         tensor([[0.5000, 0.0000]])
     """
     sizes = [len(here.gamma) for here, _ in zip(now, start, strict=True)]
-    values = torch.cat([x.double() for x in (*flat(now), *flat(start))]).cpu().numpy()
-    return torch.from_numpy(distances(values, sizes)[0]).float()
+    return torch.from_numpy(distances(on_host(flat(now) + flat(start)), sizes)[0]).float()
 
 
 def flat(layers: Sequence[Affine]) -> list[Tensor]:
     """γ of all layers, then β of all, as they are to lie one after the other for :func:`distances`."""
     return [layer.gamma for layer in layers] + [layer.beta for layer in layers]
+
+
+def on_host(parts: Sequence[Tensor]) -> Rows:
+    """All values, one after the other, in one transfer.
+
+    Args:
+        parts: ``(K,)`` each, of any floating-point dtype, on any devices.
+    """
+    if not parts:
+        return np.zeros(0)
+    # Waits where something comes from a GPU to the host.
+    found: Rows = torch.cat([x.to(parts[0].device) for x in parts]).cpu().double().numpy()
+    return found
 
 
 def distances(values: Rows, sizes: Sequence[int]) -> Rows:

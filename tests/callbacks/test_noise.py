@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import BatchNormMonitor, Severity
 from lightning_bn.callbacks.noise import Noise, effective
+from lightning_bn.callbacks.statistics_watch import StatisticsWatch
 
 
 def follow(net, batches, *, run=None):
@@ -96,6 +97,23 @@ def test_pairs_of_changing_layers_are_kept_apart():
     plain = noise.to_plain()
     assert [plain[name][2] for name in ("0", "1")] == [60, 40]
     assert effective(plain)[0] == pytest.approx({"0": 8, "1": 4}, rel=0.2)
+
+
+def test_pairs_are_whole_and_fewer_are_heard_later():
+    """Two batches in a row of every ten in the first 320, of every fifty behind them, and one when there are enough."""
+    watch = StatisticsWatch(network())
+    heard = []
+    for batch in range(1, 2101):
+        if watch.begin_batch():
+            heard.append(batch)
+            with watch.listening(watch.hear):
+                pass
+        watch.end_batch(batch)
+    early = [batch for batch in heard if batch <= 320]
+    late = [batch for batch in heard if 320 < batch <= 1920]
+    assert early == [batch + more for batch in range(9, 320, 10) for more in (0, 1)]
+    assert late == [batch + more for batch in range(349, 1921, 50) for more in (0, 1)]
+    assert [batch for batch in heard if batch > 1920] == [1950, 2000, 2050, 2100]
 
 
 def test_sums_of_processes_add_up():
