@@ -122,8 +122,9 @@ def run(name: str, seed: int) -> dict[str, Any]:
     row["noise"] = [f.data["effective"] for f in monitor.findings if f.rule == "noisy-batch-statistics"]
     losses = monitor.losses
     if losses is not None:
-        row |= {part: vars(getattr(losses, part)) for part in ("rise", "lag", "mismatch")}
+        row |= {"rise": vars(losses.rise), "statistics": vars(losses.statistics)}
         row |= {"shares": losses.shares, "losses": vars(losses)}
+    row["cost"] = next((finding.data["cost"] for finding in monitor.findings if "cost" in finding.data), None)
     if verdict(row) in {"driven", "shared", "elsewhere"}:
         row["prevented"] = prevented(case, kept, sets, seed)
     return row

@@ -5,21 +5,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from torch import nn
 
 from lightning_bn.callbacks.base import gather_objects
-from lightning_bn.callbacks.best_weights import Weights
 from lightning_bn.callbacks.joining import joined, parted
+from lightning_bn.callbacks.material import (
+    BEST,
+    FIRST,
+    LAST,
+    NOW,
+    Cost,
+    Material,
+    NotAssessedError,
+    Setting,
+    TooFewError,
+)
 from lightning_bn.callbacks.rehearsal import apart
 from lightning_bn.callbacks.training_batches import Kept, measure_steps, trained_layers
 from lightning_bn.callbacks.validation_losses import as_if, validation_losses
 from lightning_bn.precise import Estimate, conclude
+from lightning_bn.rules.mismatched_statistics import RISE as MATTERS
 from lightning_bn.rules.verdict import RISE, SURE
 from lightning_bn.stats.attribution import FEWEST, Losses
 from lightning_bn.stats.population import Population, pooled
@@ -35,63 +45,11 @@ MANY, LEAST = 32, 4
 samples that each part has at least."""
 FEWEST_SAMPLES = 100
 """Validation samples below which nothing is said."""
-OFF = 0.05
+OFF, FAR = 0.05, 0.25
 """Part by which the loss of a validation that is run again may differ from the one that was logged, besides four
-standard errors."""
+standard errors; and the same where its statistics were estimated anew, behind which it is run again with its own."""
 
 T = TypeVar("T")
-
-
-class NotAssessedError(Exception):
-    """There is no verdict, for the reason that the message gives."""
-
-
-class TooFewError(NotAssessedError):
-    """There are too few validation batches, or samples in them."""
-
-
-@dataclass(frozen=True)
-class Material:
-    """What an assessment is made from; the batches differ from process to process, all else does not.
-
-    Args:
-        watch: name of the validation loss.
-        best_value: that loss, as it was logged at the best validation.
-        last_value: as it was logged at the last one; None where weights or statistics have changed since then.
-        best: weights of that validation.
-        is_best: whether they are those of now.
-        validations: how many there were.
-        training: kept training batches.
-        validation: kept validation batches, each with the number of its loader.
-        complete: whether these are all of the validation set of this process.
-        modes: each module's mode in training.
-    """
-
-    watch: str
-    best_value: float
-    last_value: float | None
-    best: Weights
-    is_best: bool
-    validations: int
-    training: Sequence[Kept]
-    validation: Sequence[tuple[int, Kept]]
-    complete: bool
-    modes: Mapping[nn.Module, bool]
-
-
-class Setting(NamedTuple):
-    """Which weights of the best validation are put in place of those of now.
-
-    Args:
-        affine: γ and β of BatchNorm layers.
-        others: all others, and the buffers.
-    """
-
-    affine: bool
-    others: bool
-
-
-NOW, BEST, FIRST, LAST = Setting(False, False), Setting(True, True), Setting(False, True), Setting(True, False)
 
 
 class Assessment:
@@ -101,23 +59,28 @@ class Assessment:
         trainer: the trainer, between the hooks of a fit.
         pl_module: its model; afterwards it is as before, bit for bit.
         material: what to work with.
+        cost: takes what is spent.
         tell: is called with the number of settings that are done, and that there are.
     """
 
     def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, material: Material, tell: Callable[[int, int], None]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        material: Material,
+        cost: Cost,
+        tell: Callable[[int, int], None],
     ) -> None:
-        self._trainer, self._module, self._tell = trainer, pl_module, tell
+        self._trainer, self._module, self._cost, self._tell = trainer, pl_module, cost, tell
         self._given = material
         self._layers = trained_layers(pl_module, material.modes)
-        self._done, self._total = 0, 4 if material.is_best else 7
+        self._done, self._total = 0, 2 if material.is_best else 5
         self._training = self._large = material.training
         self._validation = material.validation
-        self._complete = self._unchanged = False  # on all processes
+        self._complete = self._repeats = False  # on all processes
         self._chosen: list[int] = []
         self._sizes: list[int] = []
         self._of_first = 0  # chosen batches of the first process
-        self.seconds = 0.0
 
     def run(self) -> Losses:
         """Losses in all settings.
@@ -126,21 +89,26 @@ class Assessment:
             NotAssessedError: where there can be no verdict.
         """
         began, given = time.perf_counter(), self._given
-        self._check_batches()
-        losses = self._present()
-        if not given.is_best:
-            losses = self._compare(losses)
-        self.seconds = time.perf_counter() - began
+        try:
+            losses = self._present(self._stored())
+            if not given.is_best:
+                losses = self._compare(losses)
+        finally:
+            self._cost.seconds = time.perf_counter() - began
         if not all(math.isfinite(sum(values)) for values in vars(losses).values() if values is not None):
             raise NotAssessedError(f"{given.watch} is not finite in some setting")
         return losses
 
-    def _check_batches(self) -> None:
-        """Take as many batches on all processes, as steps may wait for each other; cut them where they are few."""
+    def _stored(self) -> list[float]:
+        """The weights of now, with the running statistics as they are.
+
+        As many batches are taken on all processes, as steps may wait for each other; they are cut where they are few.
+        """
         given = self._given
         smallest = min((entry.samples for _, entry in given.validation), default=0)
-        mine = (len(given.training), len(given.validation), smallest, given.complete, given.last_value is not None)
-        training, validation, smallest, self._complete, self._unchanged = (
+        repeats = given.last_value is not None and math.isfinite(given.last_value)
+        mine = (len(given.training), len(given.validation), smallest, given.complete, repeats)
+        training, validation, smallest, self._complete, self._repeats = (
             min(values) for values in zip(*gather_objects(self._trainer, mine), strict=True)
         )
         if not training or not validation:
@@ -148,31 +116,36 @@ class Assessment:
         self._training, self._validation = given.training[:training], given.validation[:validation]
         parts = min(-(-MANY // (validation * self._trainer.world_size)), smallest // LEAST)
         if parts <= 1:
-            self._check_best()
-            return
+            return self._repeated()
         whole = self._validation
         try:
             self._everywhere("cutting of validation batches", lambda: self._cut(parts))
-            self._check_best()
+            return self._repeated()
         except NotAssessedError as reason:
             self._validation, self._sizes, self._done = whole, [], 0  # a loss that is no mean over samples
             try:
-                self._check_best()
+                return self._repeated()
             except TooFewError:
                 raise reason from None
-
-    def _check_best(self) -> None:
-        self._check(self._validate(BEST), self._given.best_value, "best")
 
     def _cut(self, parts: int) -> None:
         self._validation = [(loader, part) for loader, entry in self._validation for part in parted(entry, parts)]
 
-    def _present(self) -> Losses:
-        """The weights of now, with the running statistics as they are and with estimated ones."""
-        stored, logged = self._validate(NOW), self._given.last_value
-        if self._unchanged and logged is not None and math.isfinite(logged):
-            self._check(stored, logged, "last")
-        as_trained = self._validate(NOW, self._estimate(NOW, self._training, dropout=True))
+    def _repeated(self) -> list[float]:
+        """The same, and that a validation that is run again gives what was logged: the last one, or else the best."""
+        if not self._repeats or self._given.last_value is None:
+            self._check_best()
+            return self._validate(NOW)
+        stored = self._validate(NOW)
+        self._check(stored, self._given.last_value, "last")
+        return stored
+
+    def _check_best(self) -> None:
+        self._total += 1
+        self._check(self._validate(BEST), self._given.best_value, "best")
+
+    def _present(self, stored: list[float]) -> Losses:
+        """The weights of now with estimated statistics; where these do better, also with those that training makes."""
         self._everywhere("joining of training batches", self._join)
         if len(set(gather_objects(self._trainer, len(self._large)))) > 1:  # steps may wait for each other
             self._large = self._training
@@ -181,14 +154,22 @@ class Assessment:
         except NotAssessedError:
             self._large = self._training  # a step that takes no larger batches, or too little memory
             statistics = self._estimate(NOW, self._large)
-        return Losses(self._sizes, stored, as_trained, self._validate(NOW, statistics))
+        found = Losses(self._sizes, stored, self._validate(NOW, statistics))
+        if not found.statistics.relative >= MATTERS:
+            return found
+        self._total += 1
+        as_trained = self._estimate(NOW, self._training, dropout=True)
+        return replace(found, as_trained=self._validate(NOW, as_trained))
 
     def _join(self) -> None:
         self._large = joined(self._training, LARGE, LARGE_BYTES) or self._training
 
     def _compare(self, present: Losses) -> Losses:
         """Besides, the weights of the best validation, and both mixtures where there is a rise to be shared out."""
-        found = replace(present, best=self._validate(BEST, self._estimate(BEST, self._large)))
+        best = self._validate(BEST, self._estimate(BEST, self._large))
+        if self._repeats and not self._is_near(best, self._given.best_value, FAR):
+            self._check_best()  # by its statistics, or as something else decides on the loss
+        found = replace(present, best=best)
         if not (found.rise.relative >= RISE and found.rise.z >= SURE):
             self._tell(self._total, self._total)
             return found
@@ -200,15 +181,20 @@ class Assessment:
         watch, mean = self._given.watch, float(np.average(losses, weights=self._sizes))
         if not math.isfinite(mean):
             raise NotAssessedError(f"{watch} is not finite in a validation that is run again ({mean})")
-        for count in {len(losses), self._of_first} - {0}:
-            x, weights = np.asarray(losses[:count]), self._sizes[:count]
-            near = OFF * abs(logged) + (0 if self._complete else 4 * x.std() / math.sqrt(count))
-            if min(abs(np.average(x, weights=weights) - logged), abs(x.mean() - logged)) <= near:
-                return
+        if self._is_near(losses, logged):
+            return
         raise NotAssessedError(
             f"{watch} was logged as {logged:.4g} at the {when} validation, and is {mean:.4g} when that is run again "
             "with the same weights: something else decides on it, such as averaged weights"
         )
+
+    def _is_near(self, losses: Sequence[float], logged: float, part: float = OFF) -> bool:
+        for count in {len(losses), self._of_first} - {0}:
+            x, weights = np.asarray(losses[:count]), self._sizes[:count]
+            near = part * abs(logged) + (0 if self._complete else 4 * x.std() / math.sqrt(count))
+            if min(abs(np.average(x, weights=weights) - logged), abs(x.mean() - logged)) <= near:
+                return True
+        return False
 
     @contextmanager
     def _set(self, setting: Setting) -> Iterator[None]:
@@ -228,10 +214,13 @@ class Assessment:
                 sums = measure_steps(*given, dropout=dropout)
             return {name: entry.cpu() for name, entry in sums.items()}, sum(entry.samples for entry in batches)
 
+        self._cost.estimations += 1
         ranks = self._everywhere("training_step", measure)
         parts = {name: [sums[name] for sums, _ in ranks if name in sums] for name in self._layers}
         sums = {name: pooled(entries) for name, entries in parts.items() if entries}
-        found = conclude(self._layers, sums, sum(samples for _, samples in ranks))
+        samples = sum(samples for _, samples in ranks)
+        self._cost.samples = self._cost.samples[0], samples
+        found = conclude(self._layers, sums, samples)
         if not found.layers:
             reason = next(iter(found.skipped.values()), "none is trained")
             raise NotAssessedError(f"statistics of the BatchNorm layers could not be estimated: {reason}")
@@ -246,7 +235,9 @@ class Assessment:
                 given = (self._trainer, self._module, self._validation, self._given.watch)
                 return validation_losses(*given, several=several)
 
+        self._cost.validations += 1
         ranks = self._everywhere("validation_step", losses)
+        self._cost.samples = sum(sum(sizes) for _, sizes in ranks), self._cost.samples[1]
         self._done += 1
         self._tell(self._done, self._total)
         return self._watched(ranks)

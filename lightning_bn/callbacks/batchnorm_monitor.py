@@ -43,8 +43,8 @@ class BatchNormMonitor(Monitor):
     trace, with the weights of the end and of the best validation, with γ and β put back and not, each with running
     statistics that are estimated anew from kept training batches. It says whether the running statistics suit the
     weights, whether the validation loss rose while the training loss fell, and which part of the rise γ and β carry. It
-    costs up to seven passes over the kept validation batches and five over the training ones (forward only). Where
-    it cannot be had, a finding says why. The weights of the best validation are kept on the host and in checkpoints.
+    costs about five passes over the kept validation batches and four over the training ones (forward only). Where it
+    cannot be had, a finding says why. The weights of the best validation are kept on the host and in checkpoints.
 
     Args:
         watch: name under which the project logs its validation loss, per batch, in ``validation_step``; smaller is

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.callbacks.assessment import Material
 from lightning_bn.callbacks.best_weights import Weights, fingerprint, is_same
+from lightning_bn.callbacks.material import Material
 from lightning_bn.callbacks.training_batches import GIGABYTE, TrainingBatches
 from lightning_bn.rules.affine_drift import Watched
 

@@ -14,10 +14,12 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
-from lightning_bn.callbacks.assessment import Assessment, Material, NotAssessedError
+from lightning_bn.callbacks.assessment import Assessment
 from lightning_bn.callbacks.base import callbacks_of, gather_objects
+from lightning_bn.callbacks.console import print_above_bar
 from lightning_bn.callbacks.drift import affine_of, drift_by_layer
 from lightning_bn.callbacks.evidence import Evidence
+from lightning_bn.callbacks.material import Cost, Material, NotAssessedError
 from lightning_bn.callbacks.rehearsal import cannot_repeat
 from lightning_bn.callbacks.response import PATIENCE
 from lightning_bn.callbacks.training_batches import cannot_reestimate
@@ -140,11 +142,10 @@ def conclude(
     """
     losses: Losses | None = None
     said: list[Finding] = []
+    cost = Cost()
     try:
         material = _material(trainer, pl_module, evidence, watched)
-        shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
-        with tqdm(desc="lightning_bn: does it overfit?", leave=False, disable=not shown) as bar:
-            losses = Assessment(trainer, pl_module, material, lambda done, total: _show(bar, done, total)).run()
+        losses = _measure(trainer, pl_module, material, cost)
         fell = _train_loss_fell(trainer, evidence)
         epoch, since = (watched.best_epoch if watched else 0), (evidence.since_best if evidence else 0)
         case = Case(material.watch, epoch, losses, _moved(pl_module, material), fell)
@@ -152,10 +153,22 @@ def conclude(
     except NotAssessedError as reason:
         said = [not_assessed(str(reason))]
     for finding in said if evidence is not None else ():  # else this process has told what failed
-        emit(finding)
+        emit(replace(finding, data={**finding.data, "cost": vars(cost)}) if cost.validations else finding)
     rules = {finding.rule: finding.evidence for finding in said}
     words = next((words for rule, words in rules.items() if "overfitting" in rule or rule == NOT_ASSESSED), "")
     return Outcome(losses, set(rules), words)
+
+
+def _measure(trainer: Trainer, pl_module: LightningModule, material: Material, cost: Cost) -> Losses:
+    """Run the assessment, show how far it is, and tell what it cost."""
+    first = trainer.is_global_zero
+    shown = first and trainer.progress_bar_callback is not None
+    try:
+        with tqdm(desc="lightning_bn: does it overfit?", leave=False, disable=not shown) as bar:
+            return Assessment(trainer, pl_module, material, cost, lambda done, total: _show(bar, done, total)).run()
+    finally:
+        if first and cost.validations:
+            print_above_bar(trainer, f"lightning_bn: {cost.words()}")
 
 
 def _material(

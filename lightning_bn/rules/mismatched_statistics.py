@@ -22,7 +22,7 @@ def mismatched_statistics(case: Case, dropout: str | None) -> Finding | None:
         An ``info``; None where training and evaluation agree.
     """
     shift = case.losses.mismatch
-    if not (shift.relative >= RISE and shift.z >= SURE):
+    if shift is None or not (shift.relative >= RISE and shift.z >= SURE):
         return None
     cause = "small batches" if dropout is None else f"dropout ({dropout}) or small batches"
     evidence = (

@@ -26,7 +26,7 @@ def wrong_running_statistics(case: Case, momenta: dict[str, float | None]) -> Fi
         weights.
     """
     lag = case.losses.lag
-    if not (lag.relative >= RISE and lag.z >= SURE):
+    if lag is None or not (lag.relative >= RISE and lag.z >= SURE):
         return None
     evidence = (
         f"{case.name} is {lag.after:.4g} with the running statistics as they are, and {lag.before:.4g} with statistics "

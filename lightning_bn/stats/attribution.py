@@ -84,8 +84,9 @@ class Losses:
     Args:
         sizes: samples of each batch.
         stored: weights of now, running statistics as they are.
-        as_trained: weights of now, statistics estimated as training sees them.
         now: weights of now, estimated statistics.
+        as_trained: weights of now, statistics estimated as training sees them; None where ``stored`` is as good as
+            ``now``, so that there is nothing to explain.
         best: weights of best, estimated statistics; None where now is the best.
         first: weights of best with γ and β of now, estimated statistics; None where that is not needed.
         last: weights of now with γ and β of best, estimated statistics; likewise.
@@ -93,21 +94,26 @@ class Losses:
 
     sizes: Sequence[int]
     stored: Sequence[float]
-    as_trained: Sequence[float]
     now: Sequence[float]
+    as_trained: Sequence[float] | None = None
     best: Sequence[float] | None = None
     first: Sequence[float] | None = None
     last: Sequence[float] | None = None
 
     @property
-    def lag(self) -> Change:
-        """What running statistics that lag behind the weights do to the loss."""
-        return change(self.as_trained, self.stored, self.sizes)
+    def statistics(self) -> Change:
+        """What the running statistics as they are do to the loss: lag and mismatch together."""
+        return change(self.now, self.stored, self.sizes)
 
     @property
-    def mismatch(self) -> Change:
-        """What small batches and dropout in training do to the loss through the statistics."""
-        return change(self.now, self.as_trained, self.sizes)
+    def lag(self) -> Change | None:
+        """What running statistics that lag behind the weights do to the loss; None where that was not measured."""
+        return None if self.as_trained is None else change(self.as_trained, self.stored, self.sizes)
+
+    @property
+    def mismatch(self) -> Change | None:
+        """What small batches and dropout in training do to the loss through the statistics; None likewise."""
+        return None if self.as_trained is None else change(self.now, self.as_trained, self.sizes)
 
     @property
     def rise(self) -> Change:

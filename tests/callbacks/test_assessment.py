@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,31 @@ def test_the_verdict_is_the_planted_illness(make_trainer, build, data, epochs, e
     run(make_trainer(monitor, max_epochs=epochs, logger=False), build, loaders(**data))
     assert verdict(monitor) == expected
     assert not monitor.off
+
+
+COSTS = {  # passes over the kept validation batches, and over the training ones
+    "γ and β overfit": (5, 4),  # four for who carries the rise, and one with the statistics as they are
+    "all weights overfit": (5, 4),
+    "healthy": (2, 1),
+    "stale statistics": (3, 2),
+}
+
+
+@pytest.mark.parametrize("name", ILLNESSES)
+def test_an_assessment_costs_about_four_passes_and_says_so(make_trainer, capfd, name):
+    """Overfitting costs five validation passes and four re-estimations, a healthy end two and one; both are told."""
+    build, data, epochs, _ = ILLNESSES[name]
+    monitor = BatchNormMonitor()
+    run(make_trainer(monitor, max_epochs=epochs, logger=False), build, loaders(**data))
+    validations, estimations = COSTS[name]
+    cost = next(finding.data["cost"] for finding in monitor.findings if "cost" in finding.data)
+    assert (cost["validations"], cost["estimations"]) == (validations, estimations)
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if "assessed in" in line)
+    assert re.fullmatch(
+        rf"lightning_bn: assessed in [0-9.]+ s: {validations} passes over 240 validation samples, "
+        rf"{estimations} over {data.get('size', 48)} training samples",
+        line,
+    )
 
 
 class KeepsWeights(Callback):

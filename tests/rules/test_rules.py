@@ -135,7 +135,7 @@ def case(first=1.0, last=1.0, stored=1.0, as_trained=1.0, best=1.0, now=1.5):
     def around(loss):
         return [loss * (1 + 0.001 * place) for place in range(10)]
 
-    losses = Losses([20] * 10, *map(around, (stored, as_trained, now, best, first, last)))
+    losses = Losses([20] * 10, *map(around, (stored, now, as_trained, best, first, last)))
     return Case("val_loss", 7, losses, 0.2, train_fell=True)
 
 

@@ -63,7 +63,17 @@ def test_a_loss_that_is_not_finite_leaves_everything_undefined():
 
 def losses(**values):
     given = {"stored": 1.0, "as_trained": 1.0, "now": 2.0, "best": 1.0, **values}
-    return Losses(sizes=[10, 10], **{name: [value, value] for name, value in given.items()})
+    both = {name: None if value is None else [value, value] for name, value in given.items()}
+    return Losses(sizes=[10, 10], **both)
+
+
+def test_statistics_are_lag_and_mismatch_together():
+    """The loss by running statistics over that by estimated ones is the product of both parts, where both are known."""
+    known, unknown = losses(stored=3.0, as_trained=2.5), losses(stored=3.0, as_trained=None)
+    assert known.statistics == unknown.statistics
+    assert known.statistics.relative == pytest.approx(0.5)
+    assert (1 + known.lag.relative) * (1 + known.mismatch.relative) == pytest.approx(1.5)
+    assert (unknown.lag, unknown.mismatch) == (None, None)
 
 
 def test_shares_are_those_of_two_players():

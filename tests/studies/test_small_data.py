@@ -73,9 +73,8 @@ def rows(effect=lambda run: {}, seeds=SEEDS):
             "verdict": "overfitting-elsewhere" if run.norm == "batch" else None,
             "share_low": 0.0 if run.norm == "batch" else None,
             "share_high": 0.2 if run.norm == "batch" else None,
-            "lag": 0.01 if run.norm == "batch" else None,
+            "statistics": 0.03 if run.norm == "batch" else None,
             "wrong_statistics": 0 if run.norm == "batch" else None,
-            "mismatch": 0.02 if run.norm == "batch" else None,
             "effective": 8.0 if run.norm == "batch" else None,
             **{f"loss_{epoch}": 1.0 for epoch in MARKS},
         }

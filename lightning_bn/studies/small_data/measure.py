@@ -143,8 +143,8 @@ def training(model: Digits, images: Tensor, labels: Tensor, true: Tensor) -> Row
 def verdict(monitor: BatchNormMonitor | None) -> Row:
     """What BatchNormMonitor says; None throughout for a network without BatchNorm.
 
-    ``share_low`` and ``share_high`` bound the part of the rise that γ and β carry, ``lag`` is the part by which the
-    running statistics raise the loss, ``mismatch`` that of dropout and small batches, ``effective`` the median over the
+    ``share_low`` and ``share_high`` bound the part of the rise that γ and β carry, ``statistics`` is the part
+    by which the loss is higher with the running statistics than with estimated ones, ``effective`` the median over the
     layers of the effective samples per channel.
     """
     said = {finding.rule: finding for finding in monitor.findings} if monitor else {}
@@ -155,9 +155,8 @@ def verdict(monitor: BatchNormMonitor | None) -> Row:
         "verdict": next((rule for rule in said if "overfitting" in rule or rule == NOT_ASSESSED), None),
         "share_low": min(shares) if shares else None,
         "share_high": max(shares) if shares else None,
-        "lag": losses.lag.relative if losses else None,
+        "statistics": losses.statistics.relative if losses else None,
         "wrong_statistics": None if monitor is None else int(WRONG in said),
-        "mismatch": losses.mismatch.relative if losses else None,
         "effective": median(noise) if noise else None,
     }
 

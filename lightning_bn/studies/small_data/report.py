@@ -59,8 +59,8 @@ def tables(rows: list[Row]) -> str:
     )
     monitor = (
         "**What BatchNormMonitor says.** *Share*: median bounds of the part of the rise that γ and β carry, where the "
-        "run overfits; *lag*: how much higher the validation loss is by running statistics that lag behind (median); "
-        "*mismatch*: the same by dropout and small batches; *effective samples* per channel, of 8."
+        "run overfits; *statistics*: how much higher the validation loss is with the running statistics than with "
+        "those of large batches without dropout (median); *effective samples* per channel, of 8."
     )
     parts = [(runs, all_runs), (measures, by_measure), (monitor, by_monitor)]
     return "\n\n".join(f"{words}\n\n{_joined(lines(rows))}" for words, lines in parts)
@@ -111,8 +111,8 @@ def worst(rows: Sequence[Row], runs: Sequence[Run], column: str, sign: int) -> s
 
 def by_monitor(rows: Sequence[Row]) -> Iterator[str]:
     """A line for each run with BatchNorm."""
-    yield "| labels | network | said, in how many runs | share of γ, β | lag | mismatch | effective samples |"
-    yield "|---|---|---|---:|---:|---:|---:|"
+    yield "| labels | network | said, in how many runs | share of γ, β | statistics | effective samples |"
+    yield "|---|---|---|---:|---:|---:|"
     for run in runs_of(rows):
         if run.norm != "batch":
             continue
@@ -121,10 +121,10 @@ def by_monitor(rows: Sequence[Row]) -> Iterator[str]:
         wrong = sum(values_of(rows, run, "wrong_statistics"))
         words += f", wrong-running-statistics: {wrong:.0f}" if wrong else ""
         low, high = (_median(shares(rows, run, name), ".0%") for name in ("share_low", "share_high"))
-        middles = [_median(values_of(rows, run, name), form) for name, form in (("lag", "+.0%"), ("mismatch", "+.0%"))]
+        statistics = _median(values_of(rows, run, "statistics"), "+.0%")
         noise = _median(values_of(rows, run, "effective"), ".1f")
         share = f"{low} to {high}" if low else ""
-        yield f"| {run.place} | {run.label} | {words} | {share} | {' | '.join(middles)} | {noise} |"
+        yield f"| {run.place} | {run.label} | {words} | {share} | {statistics} | {noise} |"
 
 
 def shares(rows: Sequence[Row], run: Run, column: str) -> list[float]:
