@@ -6,33 +6,29 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from torch.nn.parameter import is_lazy
-
-from lightning_bn.callbacks.arguments import check_amount, check_count, check_flag, check_interval, check_name
-from lightning_bn.callbacks.base import Monitor, epoch_of, gather_objects, is_due, shielded, step_of, window_closes
+from lightning_bn.callbacks.affine_watch import AffineWatch
+from lightning_bn.callbacks.arguments import check_amount, check_count, check_flag, check_name
+from lightning_bn.callbacks.base import epoch_of, gather_objects, shielded, step_of
 from lightning_bn.callbacks.chronicle import Chronicle
-from lightning_bn.callbacks.drift import References, affine_of, drift_by_layer, of_drift
+from lightning_bn.callbacks.drift import affine_of, drift_by_layer, of_drift
 from lightning_bn.callbacks.evidence import Evidence
 from lightning_bn.callbacks.judgement import cannot_assess, conclude, metric_of, with_pace
 from lightning_bn.callbacks.response import Action, Response, check_action
-from lightning_bn.callbacks.speed import Speed
-from lightning_bn.callbacks.statistics_watch import Shares, StatisticsWatch, of_ranks
+from lightning_bn.callbacks.statistics_watch import Shares, of_ranks
 from lightning_bn.norms import find_batchnorm
-from lightning_bn.overview import drift_overview, speed_overview
 from lightning_bn.rules.affine_drift import RULE as DRIFT
 from lightning_bn.rules.not_assessed import not_assessed
 from lightning_bn.sinks import Loggers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from lightning_bn.findings import Finding
     from lightning_bn.stats.attribution import Losses
 
 
-class BatchNormMonitor(Monitor):
+class BatchNormMonitor(AffineWatch):
     """Follow γ, β and the batch statistics of BatchNorm, and say at the end whether the network overfits through them.
 
     Logged are ‖γ − γ₀‖/‖γ₀‖ and ‖β − β₀‖/‖γ₀‖ as an overview over the layers (``bn_overview/gamma_drift...``),
@@ -81,9 +77,8 @@ class BatchNormMonitor(Monitor):
         max_gigabytes: float = 1.0,
         ignore: list[str] | None = None,
     ) -> None:
-        super().__init__(ignore=ignore)
+        super().__init__(every_n_steps, ignore=ignore)
         self.watch = check_name("watch", watch, "of a logged metric")
-        self.every_n_steps = check_interval("every_n_steps", every_n_steps, default="the trainer's log_every_n_steps")
         self.assess = check_flag("assess", assess)
         self.on_overfitting = check_action(on_overfitting, assess=assess)
         self.num_samples = check_count("num_samples", num_samples)
@@ -92,12 +87,11 @@ class BatchNormMonitor(Monitor):
         self._forget()
 
     def _forget(self) -> None:
-        self._references, self._speed = References(), Speed()
+        super()._forget()
         self._logged: list[str] = []
         self._evidence: Evidence | None = None
         self._restored: dict[str, Any] = {}
-        self._statistics: StatisticsWatch | None = None
-        self._assesses = self._is_due = self._told = False  # the first is agreed on by all processes
+        self._assesses = self._told = False  # the first is agreed on by all processes
         self._response, self._chronicle = Response(self.on_overfitting), Chronicle()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -109,16 +103,13 @@ class BatchNormMonitor(Monitor):
     @shielded
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make ready to collect what a verdict needs; called by Lightning."""
-        # Not in setup: SyncBatchNorm conversion would replace the layers.
-        self._statistics = StatisticsWatch(pl_module, trainer.world_size)
+        self._begin_fit(trainer, pl_module)  # not in setup: SyncBatchNorm conversion would replace the layers
         reason, remedy = cannot_assess(trainer, pl_module, self.watch)
         if reason and self.assess and find_batchnorm(pl_module):  # without any, another note says so
             self.emit(not_assessed(reason, remedy))
         if self.assess and not reason:
             samples = -(-self.num_samples // trainer.world_size)
-            self._evidence = Evidence(samples, self.max_gigabytes, trainer.global_rank)
-            if self._restored:
-                self._evidence.load_state_dict(self._restored)
+            self._evidence = Evidence(samples, self.max_gigabytes, trainer.global_rank, self._restored)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree with the other ranks on whether to assess; called by Lightning."""
@@ -128,43 +119,29 @@ class BatchNormMonitor(Monitor):
     @shielded
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to keep the batches of another epoch; called by Lightning."""
+        self._speed.forget_layers()
         if self._evidence is not None:
             self._evidence.begin_epoch()
 
     @shielded
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the values before the first update, and a sample of the batches; called by Lightning."""
-        self._is_due = is_due(trainer, self.every_n_steps) and trainer.is_global_zero
-        # Here SyncBatchNorm is in place and checkpoints are restored.
-        if self._references.awaits_start and not any(map(is_lazy, pl_module.parameters())):
-            self._references.begin_from(pl_module)
+        self._begin_batch(trainer, pl_module)
         if self._evidence is not None:
             self._keep(self._evidence.train_batch, pl_module, batch, batch_idx)
-        if self._statistics is not None and self._statistics.begin_batch():
-            self.live.hooks.close()
-            self.live.hooks.enter_context(self._statistics.listening(self._hear))
 
-    @shielded
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep γ and β where lazy layers got them only now, and let go of the model; called by Lightning."""
-        if self._statistics is not None and self._statistics.may_end(pl_module):
-            self.live.hooks.close()
-        if self._references.awaits_start:
-            self._references.begin_from(pl_module)
-
-    @shielded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the drift on due steps; called by Lightning."""
-        if self._statistics is not None and self._statistics.end_batch(step_of(trainer)):
-            self.live.hooks.close()
+        if self._is_due or self._is_heard or self._evidence is not None:
+            self._finish_batch(trainer, pl_module, outputs)
+
+    @shielded
+    def _finish_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
         if self._evidence is not None:
             self._evidence.train_loss(outputs)
-        if self._is_due and self._references.start and window_closes(trainer):
-            since_start, since_best, speed, share = self._speed.after(pl_module, self._references)
-            values = drift_overview(since_start.values(), since_best.values()) | speed_overview(speed.values(), share)
-            Loggers(trainer.loggers).numbers(values, step_of(trainer))
+        self._end_batch(trainer, pl_module)
 
     @shielded
     def on_validation_batch_start(
@@ -186,12 +163,11 @@ class BatchNormMonitor(Monitor):
             said = self._assess(trainer, pl_module)
             trainer.should_stop = self._response.act(pl_module, said, self._references.best) or trainer.should_stop
 
-    @shielded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at γ, β and gradients on due steps, and hold γ and β where that was asked for; called by Lightning."""
-        if self._is_due and self._references.start:
-            self._speed.before(pl_module, optimizer)
-        self._response.hold(pl_module)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._response.frozen:
+            self._hold(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how far γ and β moved, and what that did; called by Lightning."""
@@ -223,8 +199,7 @@ class BatchNormMonitor(Monitor):
         self._references.load_state_dict(state_dict)
         self._restored = dict(state_dict.get("evidence") or {})
         self._response.frozen = bool(state_dict.get("frozen"))
-        if "chronicle" in state_dict:
-            self._chronicle.load_state_dict(state_dict["chronicle"])
+        self._chronicle.load_state_dict(state_dict.get("chronicle"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but batches, weights and layers."""
@@ -243,9 +218,8 @@ class BatchNormMonitor(Monitor):
             self.emit(not_assessed(str(error)), any_rank=True)
 
     @shielded
-    def _hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._statistics is not None:
-            self._statistics.hear(name, module, inputs, output)
+    def _hold(self, pl_module: LightningModule) -> None:
+        self._response.hold(pl_module)
 
     @shielded
     def _compare(self, trainer: Trainer, pl_module: LightningModule, last: float | None) -> None:
@@ -255,10 +229,8 @@ class BatchNormMonitor(Monitor):
         if last is None:
             return
         is_best = self._references.validated(pl_module, self.watch, last, epoch_of(trainer))
-        train = math.nan
-        if self._evidence is not None:
-            self._evidence.end_validation(pl_module, is_best=is_best)
-            train = self._evidence.train_last
+        evidence = self._evidence
+        train = math.nan if evidence is None else evidence.end_validation(pl_module, is_best=is_best)
         (since_start,) = drift_by_layer(affine_of(pl_module), self._references.start)
         self._chronicle.add(step_of(trainer), epoch_of(trainer), (train, last), since_start)
 

@@ -77,10 +77,11 @@ class Chronicle:
         """Plain types and CPU tensors."""
         return {"drift": self._drift.state_dict(), "curve": [list(entry) for entry in self._curve]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self._drift.load_state_dict(state["drift"])
-        self._curve = [(entry[0], entry[1], entry[2]) for entry in state["curve"]]
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on where :meth:`state_dict` was taken; an older checkpoint has none."""
+        if state is not None:
+            self._drift.load_state_dict(state["drift"])
+            self._curve = [(entry[0], entry[1], entry[2]) for entry in state["curve"]]
 
 
 def _attribution(losses: Losses, watched: Watched) -> Any:

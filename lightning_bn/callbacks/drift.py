@@ -80,11 +80,11 @@ def measured(
     for names, places in groups.items():
         sizes = [len(now[name].gamma) for name in names]
         end = begin + 2 * sum(sizes) * (1 + len(places))
-        rows = distances(numbers[begin:end], sizes).tolist() if names else []
+        rows = distances(numbers[begin:end], sizes) if names else []
         for place, mine in zip(places, rows, strict=False):
-            found[place] = {name: (gamma, beta) for name, (gamma, beta) in zip(names, mine, strict=True)}
+            found[place] = dict(zip(names, mine, strict=True))
         begin = end
-    return found, numbers[begin:].tolist()
+    return found, numbers[begin:]
 
 
 class References:

@@ -26,9 +26,10 @@ class Evidence:
         num_samples: about so many samples of each kind, on this process.
         max_gigabytes: most memory for each kind, in 10⁹ bytes.
         seed: of the choice.
+        state: what :meth:`state_dict` gave in the run that goes on; empty in a new one.
     """
 
-    def __init__(self, num_samples: int, max_gigabytes: float, seed: int) -> None:
+    def __init__(self, num_samples: int, max_gigabytes: float, seed: int, state: Mapping[str, Any]) -> None:
         self._bounds = (num_samples, max_gigabytes * GIGABYTE, seed)
         self._training = TrainingBatches(*self._bounds, every=RENEWED)
         self._validation: dict[int, TrainingBatches] = {}
@@ -47,6 +48,10 @@ class Evidence:
         """Validations of the whole fit."""
         self.train_best = self.train_last = float("nan")
         """Mean training loss in front of the best validation, and in front of the last one."""
+        if state:
+            self.best = Weights.from_state(state["best"]) if state["best"] else None
+            self.since_best, self.validations = state["since_best"], state["validations"]
+            self.train_best, self.train_last = state["train"]
 
     def begin_epoch(self) -> None:
         """Begin to keep the batches of another epoch."""
@@ -74,8 +79,8 @@ class Evidence:
             self._validation[loader].offer(batch, number)
             self._offered += 1
 
-    def end_validation(self, model: nn.Module, *, is_best: bool) -> None:
-        """A validation is over: keep the weights where it was the best; reads the host.
+    def end_validation(self, model: nn.Module, *, is_best: bool) -> float:
+        """A validation is over: keep the weights where it was the best; gives :attr:`train_last`; reads the host.
 
         Args:
             model: the network.
@@ -90,6 +95,7 @@ class Evidence:
         self.validations += 1
         if is_best:
             self.best, self.since_best, self.train_best = Weights.of(model), 0, self.train_last
+        return self.train_last
 
     @property
     def train_now(self) -> float:
@@ -141,12 +147,6 @@ class Evidence:
         weights = self.best.state_dict() if self.best is not None else None
         counts = {"since_best": self.since_best, "validations": self.validations}
         return {"best": weights, **counts, "train": [self.train_best, self.train_last]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self.best = Weights.from_state(state["best"]) if state["best"] else None
-        self.since_best, self.validations = state["since_best"], state["validations"]
-        self.train_best, self.train_last = state["train"]
 
 
 def _marks(model: nn.Module) -> tuple[Tensor, Tensor]:

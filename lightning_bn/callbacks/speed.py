@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from lightning_bn.callbacks.drift import Pairs, References, copied, measured, with_affine
+from lightning_bn.callbacks.drift import Pairs, References, measured, with_affine
 from lightning_bn.norms import find_batchnorm
+from lightning_bn.overview import drift_overview, speed_overview
 from lightning_bn.rules.affine_drift import Pace
 from lightning_bn.stats.batchnorm import Affine
 
@@ -28,11 +29,16 @@ class Speed:
     """
 
     def __init__(self) -> None:
-        self._layers: dict[str, _BatchNorm] = {}
+        self._layers: dict[str, _BatchNorm] | None = None  # that have γ and β; None before they were looked for
+        self._affine: set[int] = set()  # ids of all γ and β
         self._copies: dict[str, Affine] = {}
         self._norms: list[Norms | None] = []
         self._latest: Pairs = {}
         self._shares = (math.nan, 0.0, 0)  # the last one, sum and number
+
+    def forget_layers(self) -> None:
+        """Look for the layers anew when the next step is due, as they may have been replaced."""
+        self._layers = None
 
     def before(self, model: nn.Module, optimizer: Optimizer) -> None:
         """An optimizer is about to step; of several, each is to be told.
@@ -41,11 +47,17 @@ class Speed:
             model: the network.
             optimizer: holds gradients as it will use them, before any clipping.
         """
-        if not self._layers:
-            self._layers = find_batchnorm(model)
-            self._copies = copied(self._layers)
-        affine = {id(x) for layer in self._layers.values() for x in layer.parameters(recurse=False)}
-        self._norms.append(norms_of([x for group in optimizer.param_groups for x in group["params"]], affine))
+        layers = self._found(model)
+        if not self._norms:  # the first optimizer
+            self._copies = {name: Affine.of(layer.weight, layer.bias) for name, layer in layers.items()}
+        self._norms.append(norms_of([x for group in optimizer.param_groups for x in group["params"]], self._affine))
+
+    def _found(self, model: nn.Module) -> dict[str, _BatchNorm]:
+        if self._layers is None:
+            layers = find_batchnorm(model)
+            self._affine = {id(x) for layer in layers.values() for x in layer.parameters(recurse=False)}
+            self._layers = with_affine(layers)
+        return self._layers
 
     def after(self, model: nn.Module, references: References) -> Report:
         """The step is over; one transfer brings all numbers to the host.
@@ -54,14 +66,14 @@ class Speed:
             model: the network.
             references: γ and β at the start of the run, and at its best validation.
         """
-        layers = with_affine(self._layers or find_batchnorm(model))
+        layers = self._found(model)
         now = {name: Affine(layer.weight.detach(), layer.bias.detach()) for name, layer in layers.items()}
         graded = [norms for norms in self._norms if norms is not None]
         compared, beside = (references.start, references.best, self._copies), [norms.values for norms in graded]
         (since_start, since_best, speed), numbers = measured(now, compared, beside)
         on_affine = [mine for norms in graded for mine in norms.on_affine]
         share = share_of(numbers, on_affine)
-        self._layers, self._copies, self._norms = {}, {}, []
+        self._copies, self._norms = {}, []
         if math.isfinite(share):
             _, total, steps = self._shares
             self._shares = (share, total + share, steps + 1)
@@ -75,6 +87,12 @@ class Speed:
         if not self._latest:
             return None
         return Pace(self._latest, last if steps else None, total / steps if steps else None, steps)
+
+
+def overview(report: Report) -> dict[str, float]:
+    """What the loggers get of a due step."""
+    since_start, since_best, speed, share = report
+    return drift_overview(since_start.values(), since_best.values()) | speed_overview(speed.values(), share)
 
 
 class Norms(NamedTuple):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -36,9 +36,14 @@ class StatisticsWatch:
     Args:
         model: the network.
         processes: number of processes.
+        hooks: takes what has to be undone while a batch is heard.
+        hear: is called for each output in a batch that is heard, and is to call :meth:`hear`; None for that itself.
     """
 
-    def __init__(self, model: LightningModule, processes: int = 1) -> None:
+    def __init__(
+        self, model: LightningModule, processes: int = 1, hooks: ExitStack | None = None, hear: Hear | None = None
+    ) -> None:
+        self._hooks, self._hear = hooks or ExitStack(), hear or self.hear
         self.noise = Noise(model, compiled=is_compiled(model))
         self._layers = self.noise.layers
         self._still = Standstill(model, self._layers)
@@ -48,7 +53,7 @@ class StatisticsWatch:
         self._is_heard = self._pairs = False  # whether this batch is, and whether it is one of a pair
 
     def begin_batch(self) -> bool:
-        """Another batch begins; says whether it is to be heard."""
+        """Another batch begins; says whether it is heard."""
         self._batch += 1
         if self._batch == 1:
             self._still.begin()
@@ -57,16 +62,20 @@ class StatisticsWatch:
         if place < 2 and self._hears:  # noqa: PLR2004  (a pair)
             self._pairs = self.noise.begin(second=place == 1)
             self._is_heard = self._pairs or place == 1
+        if self._is_heard:
+            self._hooks.close()
+            self._hooks.enter_context(self._listening())
         return self._is_heard
 
-    def end_batch(self, step: int) -> bool:
-        """The batch is over; says whether it was heard.
+    def end_batch(self, step: int) -> None:
+        """The batch is over.
 
         Args:
             step: its optimizer step.
         """
         if not self._is_heard:
-            return False
+            return
+        self._hooks.close()
         self._still.end_batch(step)
         if self._pairs:
             latest = self.noise.latest()
@@ -75,25 +84,20 @@ class StatisticsWatch:
                     self._ranks.add(name, found.batch(), second=self.noise.is_second)
                 self._ranks.end_step()
             self.noise.end()
-        return True
 
-    def may_end(self, pl_module: LightningModule) -> bool:
-        """Whether nothing more is to be heard of a batch that was heard and whose backward pass begins.
+    def end_forward(self, pl_module: LightningModule) -> None:
+        """The backward pass begins: hear no more of a batch where nothing can come.
 
         Of a pair of batches all calls are counted, and by hand there may be several backward passes.
 
         Args:
             pl_module: the model.
         """
-        return self._is_heard and not self._pairs and pl_module.automatic_optimization
+        if self._is_heard and not self._pairs and pl_module.automatic_optimization:
+            self._hooks.close()
 
-    def listening(self, hear: Hear) -> AbstractContextManager[None]:
-        """Have the layers heard while the block lasts.
-
-        Args:
-            hear: is called for each output, and is to call :meth:`hear`.
-        """
-        return self.noise.listening(hear) if self._pairs else listen(self._layers, hear)
+    def _listening(self) -> AbstractContextManager[None]:
+        return self.noise.listening(self._hear) if self._pairs else listen(self._layers, self._hear)
 
     def hear(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """Look at one call; nothing is read on the host."""

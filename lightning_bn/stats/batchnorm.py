@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import dist, hypot, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +62,7 @@ def drift(now: Sequence[Affine], start: Sequence[Affine]) -> Tensor:
         tensor([[0.5000, 0.0000]])
     """
     sizes = [len(here.gamma) for here, _ in zip(now, start, strict=True)]
-    return torch.from_numpy(distances(on_host(flat(now) + flat(start)), sizes)[0]).float()
+    return torch.tensor(distances(on_host(flat(now) + flat(start)), sizes)[0], dtype=torch.float32)
 
 
 def flat(layers: Sequence[Affine]) -> list[Tensor]:
@@ -68,21 +70,23 @@ def flat(layers: Sequence[Affine]) -> list[Tensor]:
     return [layer.gamma for layer in layers] + [layer.beta for layer in layers]
 
 
-def on_host(parts: Sequence[Tensor]) -> Rows:
+def on_host(parts: Sequence[Tensor]) -> list[float]:
     """All values, one after the other, in one transfer.
 
     Args:
         parts: ``(K,)`` each, of any floating-point dtype, on any devices.
     """
     if not parts:
-        return np.zeros(0)
+        return []
     # Waits where something comes from a GPU to the host.
-    found: Rows = torch.cat([x.to(parts[0].device) for x in parts]).cpu().double().numpy()
+    found: list[float] = torch.cat([x.to(parts[0].device) for x in parts]).tolist()
     return found
 
 
-def distances(values: Rows, sizes: Sequence[int]) -> Rows:
+def distances(values: Sequence[float], sizes: Sequence[int]) -> list[list[tuple[float, float]]]:
     """Relative distance of γ and β from one or several starts, of all layers at once.
+
+    In Python's own arithmetic, as an array has more to do before it begins than so few values need.
 
     Args:
         values: ``((1 + starts)·2·(C₁ + C₂ + ...),)``, present γ and β and those of each start, as :func:`flat` orders
@@ -90,19 +94,30 @@ def distances(values: Rows, sizes: Sequence[int]) -> Rows:
         sizes: channels of each layer, C₁, C₂, ...; at least one layer.
 
     Returns:
-        ``(starts, layers, 2)``: ‖γ − γ₀‖/s and ‖β − β₀‖/s with s = ‖γ₀‖, or √C, the norm of the usual start γ = 1,
-        where γ starts at zero on purpose. Both are in the unit of γ₀, since β adds to what γ scales.
+        By start and layer ‖γ − γ₀‖/s and ‖β − β₀‖/s with s = ‖γ₀‖, or √C, the norm of the usual start γ = 1, where γ
+        starts at zero on purpose. Both are in the unit of γ₀, since β adds to what γ scales.
     """
-    affine = values.reshape(-1, 2, sum(sizes))
-    starts = affine[1:]
-    with np.errstate(invalid="ignore"):  # infinite values
-        squares = np.concatenate([starts - affine[:1], starts[:, :1]], axis=1)
-        np.square(squares, out=squares)
-        begins = np.cumsum([0, *sizes[:-1]])
-        roots = np.sqrt(np.add.reduceat(squares, begins, axis=2) / sizes)
-        moved, unit = roots[:, :2], roots[:, 2:]
-        found: Rows = (moved / np.where(unit > TINY, unit, 1.0)).swapaxes(1, 2)
+    layers, ends, total = len(sizes), list(accumulate(sizes, initial=0)), sum(sizes)
+    rows = range(0, len(values), total)
+    parts = [values[row + begin : row + end] for row in rows for begin, end in pairwise(ends)]
+    gammas, betas = parts[:layers], parts[layers : 2 * layers]
+    found = []
+    for at in range(2 * layers, len(parts), 2 * layers):
+        starts = zip(parts[at : at + layers], parts[at + layers : at + 2 * layers], strict=True)
+        units = [_unit(gamma) for gamma in parts[at : at + layers]]
+        found.append(
+            [
+                (dist(gamma, gamma0) / unit, dist(beta, beta0) / unit)
+                for gamma, beta, (gamma0, beta0), unit in zip(gammas, betas, starts, units, strict=True)
+            ]
+        )
     return found
+
+
+def _unit(gamma: Sequence[float]) -> float:
+    """Norm to measure in."""
+    norm, usual = hypot(*gamma), sqrt(len(gamma))
+    return norm if norm > TINY * usual else usual
 
 
 @dataclass(frozen=True)
