@@ -138,10 +138,6 @@ class Subject:
     batch: int
     block: int
 
-    def model(self) -> Trained:
-        """The network with its loss and optimizer."""
-        return Trained(self.build())
-
     def loader(self) -> DataLoader[Any]:
         """One and the same batch, more often than any fit asks for."""
         batch = (self.inputs(self.batch), torch.randint(CLASSES, (self.batch,)))
@@ -154,8 +150,26 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(64, CLASSES))
 
 
-def fit(subject: Subject, callbacks: list[Callback], device: str = "cpu", **options: Any) -> None:
-    """Train a network on one batch, over and over, until a callback or an option of the trainer ends it."""
+class Validated(Trained):
+    """The same with a validation."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002  (Lightning's signature)
+        """Loss of one batch."""
+        self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+
+def fit(
+    subject: Subject, callbacks: list[Callback], device: str = "cpu", *, validates: bool = False, **options: Any
+) -> None:
+    """Train a network on one batch, over and over, until a callback or an option of the trainer ends it.
+
+    Args:
+        subject: the network.
+        callbacks: for the trainer.
+        device: where.
+        validates: whether a validation of that batch, eight times, ends the fit.
+        options: further ones of the trainer.
+    """
     seed_everything(1, verbose=False)
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):  # what the callbacks print
         trainer = Trainer(
@@ -170,7 +184,8 @@ def fit(subject: Subject, callbacks: list[Callback], device: str = "cpu", **opti
             callbacks=callbacks,
             **{"max_epochs": 1, **options},
         )
-        trainer.fit(subject.model(), subject.loader())
+        loader, model = subject.loader(), (Validated if validates else Trained)(subject.build())
+        trainer.fit(model, loader, DataLoader(loader.dataset[:8], batch_size=None) if validates else None)
 
 
 ON_CPU = {

@@ -58,6 +58,7 @@ ONLY: dict[str, dict[str, Callable[[], Callback]]] = {
     "batchnorm_monitor": {
         "BatchNormMonitor, every 50th": lambda: BatchNormMonitor(assess=False),
         "BatchNormMonitor, every step": lambda: BatchNormMonitor(every_n_steps=1, assess=False),
+        "BatchNormMonitor, defaults": BatchNormMonitor,
     },
 }
 HOOKS = (
@@ -176,11 +177,13 @@ def paired(
     others: Mapping[str, Callable[[Trainer], Variant]],
     rounds: int,
     device: str = "cpu",
+    *,
+    validates: bool = False,
 ) -> dict[str, list[tuple[float, float]]]:
     """Pair plain steps of a network with steps in which one more callback, or another variant, is there."""
     variants = {**others, **{name: partial(present, callback) for name, callback in callbacks.items()}}
     switch = Switch(variants, block=subject.block, rounds=rounds)
-    fit(subject, [*callbacks.values(), switch], device)
+    fit(subject, [*callbacks.values(), switch], device, validates=validates)
     return switch.pairs
 
 
@@ -194,7 +197,8 @@ def only(name: str, device: str, rounds: int) -> None:
         callbacks = {"an empty callback": empty, **{label: make() for label, make in ONLY[name].items()}}
         hooks |= {(network, label): timed(callback) for label, callback in callbacks.items()}
         noise: dict[str, Callable[[Trainer], Variant]] = {"nothing (noise)": lambda _: nullcontext()}
-        for variant, pairs in paired(subject, callbacks, noise, rounds, device).items():
+        validates = name == "batchnorm_monitor"
+        for variant, pairs in paired(subject, callbacks, noise, rounds, device, validates=validates).items():
             print(f"| {network}, batch {subject.batch} | {variant} | {row(pairs)} |", flush=True)
     print(
         f"\n| µs in its hooks, a mean step | with | {' | '.join(HOOKS)} | all |\n|---|---|{'---:|' * (len(HOOKS) + 1)}"

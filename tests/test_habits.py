@@ -103,6 +103,7 @@ def test_every_hook_is_shielded_or_says_why_not(name):
         "BatchNormMonitor": {
             "setup",
             "on_train_start",
+            "on_train_batch_start",
             "on_before_backward",
             "on_train_batch_end",
             "on_before_optimizer_step",

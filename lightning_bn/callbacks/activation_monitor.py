@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_bn.callbacks.album import Album, Page
 from lightning_bn.callbacks.arguments import check_flag, check_interval, check_share, check_strings
-from lightning_bn.callbacks.base import (
-    Monitor,
-    gather_objects,
-    log_interval,
-    shielded,
-    step_of,
-    window_closes,
-)
+from lightning_bn.callbacks.base import Monitor, gather_objects, log_interval, shielded, step_of
+from lightning_bn.callbacks.due import window_closes
 from lightning_bn.callbacks.layer_watch import OFF, REST, SPENT
 from lightning_bn.callbacks.reach import reach
 from lightning_bn.callbacks.rehearsal import rehearse

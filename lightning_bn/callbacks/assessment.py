@@ -14,6 +14,7 @@ import numpy as np
 
 from lightning_bn.callbacks.base import gather_objects
 from lightning_bn.callbacks.joining import joined, parted
+from lightning_bn.callbacks.kept import Kept
 from lightning_bn.callbacks.material import (
     BEST,
     FIRST,
@@ -26,7 +27,7 @@ from lightning_bn.callbacks.material import (
     TooFewError,
 )
 from lightning_bn.callbacks.rehearsal import apart
-from lightning_bn.callbacks.training_batches import Kept, measure_steps, trained_layers
+from lightning_bn.callbacks.training_batches import measure_steps, trained_layers
 from lightning_bn.callbacks.validation_losses import as_if, validation_losses
 from lightning_bn.precise import Estimate, conclude
 from lightning_bn.rules.mismatched_statistics import RISE as MATTERS

@@ -260,28 +260,6 @@ def step_of(trainer: Trainer) -> int:
     return int(trainer.global_step if stepped is None else stepped)
 
 
-def is_due(trainer: Trainer, every_n_steps: int | None) -> bool:
-    """Whether the present step is logged, on every micro-batch of its accumulation window.
-
-    Args:
-        trainer: the trainer, inside a training batch.
-        every_n_steps: interval; None follows ``trainer.log_every_n_steps``, where 0 means never.
-    """
-    interval = log_interval(trainer) if every_n_steps is None else every_n_steps
-    return interval > 0 and (step_of(trainer) + 1) % interval == 0
-
-
-def window_closes(trainer: Trainer) -> bool:
-    """Whether the optimizer steps on this batch, so that no further micro-batch belongs to the step.
-
-    Private, as Lightning tells nobody else; without it every batch counts as a window.
-    """
-    if getattr(trainer, "accumulate_grad_batches", 0) == 1:
-        return True
-    accumulates = getattr(trainer.fit_loop, "_should_accumulate", None)
-    return not accumulates() if accumulates else True
-
-
 def is_compiled(pl_module: LightningModule) -> bool:
     """Whether the whole LightningModule went through ``torch.compile``: Lightning keeps that in a private attribute."""
     return getattr(pl_module, "_compiler_ctx", None) is not None

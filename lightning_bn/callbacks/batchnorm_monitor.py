@@ -13,7 +13,7 @@ from lightning_bn.callbacks.chronicle import Chronicle
 from lightning_bn.callbacks.drift import affine_of, drift_by_layer, of_drift
 from lightning_bn.callbacks.evidence import Evidence
 from lightning_bn.callbacks.judgement import cannot_assess, conclude, metric_of, with_pace
-from lightning_bn.callbacks.response import Action, Response, check_action
+from lightning_bn.callbacks.response import Action, check_action
 from lightning_bn.callbacks.statistics_watch import Shares, of_ranks
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.rules.affine_drift import RULE as DRIFT
@@ -22,7 +22,6 @@ from lightning_bn.sinks import Loggers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch.optim import Optimizer
 
     from lightning_bn.findings import Finding
     from lightning_bn.stats.attribution import Losses
@@ -77,10 +76,9 @@ class BatchNormMonitor(AffineWatch):
         max_gigabytes: float = 1.0,
         ignore: list[str] | None = None,
     ) -> None:
-        super().__init__(every_n_steps, ignore=ignore)
+        super().__init__(every_n_steps, check_action(on_overfitting, assess=assess), ignore=ignore)
         self.watch = check_name("watch", watch, "of a logged metric")
         self.assess = check_flag("assess", assess)
-        self.on_overfitting = check_action(on_overfitting, assess=assess)
         self.num_samples = check_count("num_samples", num_samples)
         self.max_gigabytes = check_amount("max_gigabytes", max_gigabytes)
         self.losses: Losses | None = None
@@ -92,7 +90,7 @@ class BatchNormMonitor(AffineWatch):
         self._evidence: Evidence | None = None
         self._restored: dict[str, Any] = {}
         self._assesses = self._told = False  # the first is agreed on by all processes
-        self._response, self._chronicle = Response(self.on_overfitting), Chronicle()
+        self._chronicle = Chronicle()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a new history; a restored checkpoint replaces it; called by Lightning."""
@@ -119,14 +117,13 @@ class BatchNormMonitor(AffineWatch):
     @shielded
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to keep the batches of another epoch; called by Lightning."""
-        self._speed.forget_layers()
+        super().on_train_epoch_start(trainer, pl_module)
         if self._evidence is not None:
             self._evidence.begin_epoch()
 
-    @shielded
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the values before the first update, and a sample of the batches; called by Lightning."""
-        self._begin_batch(trainer, pl_module)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._evidence is not None:
             self._keep(self._evidence.train_batch, pl_module, batch, batch_idx)
 
@@ -134,14 +131,14 @@ class BatchNormMonitor(AffineWatch):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the drift on due steps; called by Lightning."""
-        if self._is_due or self._is_heard or self._evidence is not None:
-            self._finish_batch(trainer, pl_module, outputs)
+        if self._evidence is not None:
+            self._add_loss(outputs)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @shielded
-    def _finish_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
+    def _add_loss(self, outputs: Any) -> None:
         if self._evidence is not None:
             self._evidence.train_loss(outputs)
-        self._end_batch(trainer, pl_module)
 
     @shielded
     def on_validation_batch_start(
@@ -162,12 +159,6 @@ class BatchNormMonitor(AffineWatch):
         if self._assesses and self._response.is_time(self._references.watched, self._evidence):
             said = self._assess(trainer, pl_module)
             trainer.should_stop = self._response.act(pl_module, said, self._references.best) or trainer.should_stop
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at γ, β and gradients on due steps, and hold γ and β where that was asked for; called by Lightning."""
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._response.frozen:
-            self._hold(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how far γ and β moved, and what that did; called by Lightning."""
@@ -210,16 +201,13 @@ class BatchNormMonitor(AffineWatch):
         if self._evidence is not None:
             self._evidence.drop_batches()
 
+    @shielded
     def _keep(self, offer: Any, *batch: Any) -> None:
         try:
             offer(*batch)
         except TypeError as error:
             self._evidence = None
             self.emit(not_assessed(str(error)), any_rank=True)
-
-    @shielded
-    def _hold(self, pl_module: LightningModule) -> None:
-        self._response.hold(pl_module)
 
     @shielded
     def _compare(self, trainer: Trainer, pl_module: LightningModule, last: float | None) -> None:

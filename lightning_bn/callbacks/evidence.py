@@ -17,6 +17,36 @@ from lightning_bn.rules.affine_drift import Watched
 RENEWED = 8
 """Epochs after which the kept training batches are taken anew: of a small data set every batch is copied to the host
 for that."""
+QUEUE = 64
+"""Losses that are added up together: an operation for each would cost a small network a percent of its step."""
+
+
+class MeanLoss:
+    """Mean of the losses of many steps; nothing is read on the host before it is asked for."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._queue: list[Tensor] = []
+        self.steps = 0
+        """Losses so far."""
+
+    def add(self, loss: Tensor) -> None:
+        """Add one, ``()`` or of one element."""
+        loss = loss.detach() if loss.requires_grad else loss
+        self._queue.append(loss.reshape(()) if loss.dim() else loss)
+        self.steps += 1
+        if len(self._queue) >= QUEUE:
+            self._fold()
+
+    def mean(self) -> float:
+        """The mean; reads the host."""
+        self._fold()
+        return float(self._sum) / self.steps
+
+    def _fold(self) -> None:
+        if self._queue:
+            self._sum = self._sum + torch.stack(self._queue).sum(dtype=torch.float32)
+            self._queue = []
 
 
 class Evidence:
@@ -38,8 +68,8 @@ class Evidence:
         self._complete = False  # a whole validation has passed by
         self._trained = False  # since the last validation
         self._marks = (torch.zeros(0), torch.zeros(0))  # fingerprints of weights and buffers at the last validation
-        self._loss: Tensor | None = None
-        self._steps = 0
+        self._begins = 2  # batches of the epoch in which modes are still looked at: some are set in the first one
+        self._loss = MeanLoss()
         self.best: Weights | None = None
         """Weights of the best validation."""
         self.since_best = 0
@@ -56,20 +86,21 @@ class Evidence:
     def begin_epoch(self) -> None:
         """Begin to keep the batches of another epoch."""
         self._training.begin_epoch()
+        self._begins = 2
 
     def train_batch(self, model: nn.Module, batch: Any, number: int) -> None:
         """Keep a training batch or not; raises TypeError where it cannot be copied."""
         self._trained = True
-        if self._training.offer(batch, number):
+        if self._begins:
             self._modes = {module: module.training for module in model.modules()}
+            self._begins -= 1
+        self._training.offer(batch, number)
 
     def train_loss(self, outputs: Any) -> None:
         """Add the loss of a step; nothing is read on the host."""
-        value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        value = outputs.get("loss") if type(outputs) is dict or isinstance(outputs, Mapping) else outputs
         if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.detach().reshape(()).to(torch.float32)
-            self._loss = value if self._loss is None else self._loss + value
-            self._steps += 1
+            self._loss.add(value)
 
     def validation_batch(self, batch: Any, number: int, loader: int) -> None:
         """Keep a batch of the first whole validation or not; raises TypeError where it cannot be copied."""
@@ -87,9 +118,9 @@ class Evidence:
             is_best: whether no validation before had a smaller loss.
         """
         self._complete = self._complete or bool(self._validation)
-        if self._loss is not None:
-            self.train_last = float(self._loss) / self._steps
-        self._loss, self._steps = None, 0
+        if self._loss.steps:
+            self.train_last = self._loss.mean()
+        self._loss = MeanLoss()
         self._trained, self._marks = False, _marks(model)
         self.since_best += 1
         self.validations += 1
@@ -100,9 +131,9 @@ class Evidence:
     @property
     def train_now(self) -> float:
         """Mean training loss to compare with that in front of the best validation; reads the host."""
-        if self._loss is None or self.since_best:
+        if not self._loss.steps or self.since_best:
             return self.train_last
-        return float(self._loss) / self._steps  # no other validation came after the best one
+        return self._loss.mean()  # no other validation came after the best one
 
     def material(self, model: nn.Module, watched: Watched) -> Material | str:
         """What to assess with; in words why not, where something is missing.

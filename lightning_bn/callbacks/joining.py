@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bn.callbacks.training_batches import Kept
+from lightning_bn.callbacks.kept import Kept
 
 
 def joined(batches: Sequence[Kept], samples: int, max_bytes: float = math.inf) -> list[Kept] | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lightning_bn.callbacks.best_weights import Weights
-from lightning_bn.callbacks.training_batches import Kept
+from lightning_bn.callbacks.kept import Kept
 
 
 class NotAssessedError(Exception):

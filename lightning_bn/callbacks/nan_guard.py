@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bn.callbacks.arguments import check_choice, check_count, check_flag, check_interval
-from lightning_bn.callbacks.base import is_due, shielded, step_of, window_closes
+from lightning_bn.callbacks.base import shielded, step_of
+from lightning_bn.callbacks.due import is_due, window_closes
 from lightning_bn.callbacks.eager_pass import goes_apart
 from lightning_bn.callbacks.eval_guard import EvalGuard
 from lightning_bn.callbacks.first_look import FirstLook

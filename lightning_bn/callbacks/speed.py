@@ -117,15 +117,16 @@ def norms_of(parameters: Iterable[nn.Parameter], affine: set[int]) -> Norms | No
     Returns:
         The norms. None without gradients, and where a gradient is sharded or sparse, as its norm is not known here.
     """
-    graded = [(x.grad.detach(), id(x) in affine) for x in parameters if x.grad is not None]
+    graded = [(gradient, id(x) in affine) for x in parameters if (gradient := x.grad) is not None]
     gradients = [gradient for gradient, _ in graded]
-    if not gradients or any(gradient.is_sparse or hasattr(gradient, "to_local") for gradient in gradients):
+    if not gradients or any(x.is_sparse or (type(x) is not Tensor and hasattr(x, "to_local")) for x in gradients):
         return None
-    device = gradients[0].device
-    norms = list(torch._foreach_norm(gradients))  # noqa: SLF001  (what clip_grad_norm_ uses)
-    if any(x.device != device or x.dtype != norms[0].dtype for x in norms):
-        norms = [x.to(device, torch.float32, non_blocking=device.type != "cpu") for x in norms]
-    return Norms(torch.stack(norms), [mine for _, mine in graded])
+    with torch.no_grad():
+        norms = list(torch._foreach_norm(gradients))  # noqa: SLF001  (what clip_grad_norm_ uses)
+        if len({(x.device, x.dtype) for x in norms}) > 1:
+            device = norms[0].device
+            norms = [x.to(device, torch.float32, non_blocking=device.type != "cpu") for x in norms]
+        return Norms(torch.stack(norms), [mine for _, mine in graded])
 
 
 def share_of(norms: Sequence[float], on_affine: Sequence[bool]) -> float:

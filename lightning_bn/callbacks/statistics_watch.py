@@ -52,12 +52,16 @@ class StatisticsWatch:
         self._hears = bool(self._layers or self.noise.hidden.layers)
         self._is_heard = self._pairs = False  # whether this batch is, and whether it is one of a pair
 
-    def begin_batch(self) -> bool:
-        """Another batch begins; says whether it is heard."""
-        self._batch += 1
-        if self._batch == 1:
+    def begin_batch(self, passed: int = 1) -> bool:
+        """Another batch begins; says whether it is heard.
+
+        Args:
+            passed: batches since this was asked last, with this one; see :meth:`until_heard`.
+        """
+        if not self._batch:
             self._still.begin()
-        place = (self._batch + 1) % (EVERY if self._batch <= EARLY else SELDOM)
+        self._batch += passed
+        place = (self._batch + 1) % self._period
         self._is_heard = self._pairs = False
         if place < 2 and self._hears:  # noqa: PLR2004  (a pair)
             self._pairs = self.noise.begin(second=place == 1)
@@ -66,6 +70,15 @@ class StatisticsWatch:
             self._hooks.close()
             self._hooks.enter_context(self._listening())
         return self._is_heard
+
+    @property
+    def _period(self) -> int:
+        return EVERY if self._batch <= EARLY else SELDOM
+
+    def until_heard(self) -> int:
+        """Batches from the present one to the next that may be heard, at least 1: those between need not be told."""
+        place = (self._batch + 1) % self._period
+        return self._period - place if place else 1
 
     def end_batch(self, step: int) -> None:
         """The batch is over.

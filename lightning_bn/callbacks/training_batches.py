@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
+from lightning_bn.callbacks.kept import Kept, keep
 from lightning_bn.callbacks.rehearsal import apart, arguments, cannot_rehearse, cannot_unwrap
 from lightning_bn.norms import find_batchnorm
-from lightning_bn.precise import length_of, measure
+from lightning_bn.precise import measure
 from lightning_bn.quarantine import lazy_tensors
 from lightning_bn.stats.population import Population
 from lightning_bn.writes import Writes
@@ -26,32 +23,8 @@ from lightning_bn.writes import Writes
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-HOST = torch.device("cpu")
 GIGABYTE = 1e9
-
-
-@dataclass
-class Kept:
-    """One batch on the host.
-
-    Args:
-        batch: the copy; not to be given to a step, which may change it.
-        number: its ``batch_idx``.
-        samples: its length, by the first axis of its first tensor.
-        nbytes: what its tensors take.
-        homes: the devices that its tensors came from, in the order of copying.
-    """
-
-    batch: Any
-    number: int
-    samples: int
-    nbytes: int
-    homes: Sequence[torch.device]
-
-    def again(self) -> Any:
-        """A new copy, each tensor on the device that it had."""
-        homes = iter(self.homes)
-        return _copied(self.batch, lambda x: next(homes, x.device)).batch
+TINY = 1e-12
 
 
 class TrainingBatches:
@@ -59,9 +32,10 @@ class TrainingBatches:
 
     The loader is never asked: a second iterator would restart persistent workers in the middle of an epoch, drain an
     iterable dataset and draw from the global random streams. Each batch of an epoch is equally likely to be kept
-    (reservoir sampling: Vitter 1985, algorithm R), so that a loader that does not shuffle is represented as well. In
-    the first batches of a new epoch those of the last one are still among them. A batch that is not kept costs nothing,
-    and of n batches K·(1 + ln(n/K)) are copied for the K that stay. The random stream is its own.
+    (reservoir sampling: Vitter 1985; which one is the next to be kept is drawn in advance, as in Li 1994), so that a
+    loader that does not shuffle is represented as well. In the first batches of a new epoch those of the last one are
+    still among them. A batch that is not kept costs nothing, and of n batches K·(1 + ln(n/K)) are copied for the K that
+    stay. The random stream is its own.
 
     Args:
         num_samples: keep about so many samples: as many batches of the first one's length as it takes.
@@ -75,30 +49,28 @@ class TrainingBatches:
         self._epochs = 0
         self._rests = False
         self._random = random.Random(seed)  # noqa: S311  (no cryptography)
-        self._seen = 0  # batches of this epoch
-        self._most = 0  # batches of the longest epoch
+        self._seen, self._next = 0, 1  # batches of this epoch, and the number of the next one that is to be kept
+        self._most = 0  # batches of the longest epoch before this one
         self._room = 0  # batches to keep at most
         self._limited = False  # by memory
         self.kept: list[Kept] = []
+        self.nbytes = 0
+        """Memory that they take."""
 
     @property
     def is_cut(self) -> bool:
         """Whether there were more batches, and memory rather than ``num_samples`` left them out."""
-        return self._limited and self._most > self._room
+        return self._limited and max(self._most, self._seen) > self._room
 
     @property
     def samples(self) -> int:
         """Samples in the kept batches."""
         return sum(entry.samples for entry in self.kept)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that they take."""
-        return sum(entry.nbytes for entry in self.kept)
-
     def begin_epoch(self) -> None:
         """Let the batches of a new epoch take the place of the old ones, one by one, if it is its turn."""
-        self._seen = 0
+        self._most = max(self._most, self._seen)
+        self._seen, self._next = 0, 1
         self._rests = bool(self.kept) and self._epochs % self._every != 0
         self._epochs += 1
 
@@ -116,15 +88,28 @@ class TrainingBatches:
             TypeError: where it cannot be copied.
         """
         self._seen += 1
-        self._most = max(self._most, self._seen)
-        if self._rests:
+        if self._rests or self._seen < self._next:
             return False
-        place = self._seen - 1 if self._seen <= max(self._room, 1) else self._random.randrange(self._seen)
-        if place >= max(self._room, 1):
-            return False
-        self.kept[place : place + 1] = [_keep(batch, number)]
+        room = max(self._room, 1)
+        place = self._seen - 1 if self._seen <= room else self._random.randrange(room)
+        entry, old = keep(batch, number), self.kept[place : place + 1]
+        self.kept[place : place + 1] = [entry]
+        self.nbytes += entry.nbytes - sum(other.nbytes for other in old)
         self._bound()
+        self._next = self._seen + 1 + self._gap()
         return True
+
+    def _gap(self) -> int:
+        """How many batches are passed over: each later one, the n-th, is kept with probability K/n.
+
+        That is as if each had a random number, and the K smallest stayed: the largest of K among n has a beta
+        distribution with K and n - K + 1, independent of who was kept before, and a batch is kept that lies below it.
+        """
+        if self._seen < self._room:
+            return 0
+        largest = self._random.betavariate(self._room, self._seen - self._room + 1)
+        rest = math.log1p(-min(max(largest, TINY), 1 - TINY))
+        return int(math.log(1 - self._random.random()) / rest)
 
     def _bound(self) -> None:
         """Decide on the room at the first batch, and drop batches where later ones are larger."""
@@ -134,7 +119,7 @@ class TrainingBatches:
             self._room = max(1, min(wanted, int(self._max_bytes // max(first.nbytes, 1))))
             self._limited = self._room < wanted
         while len(self.kept) > 1 and self.nbytes > self._max_bytes:
-            del self.kept[0]
+            self.nbytes -= self.kept.pop(0).nbytes
             self._room, self._limited = len(self.kept), True
 
 
@@ -218,51 +203,3 @@ def _weights_kept(pl_module: LightningModule) -> Iterator[None]:
         for x, home in homes:
             if x.data_ptr() != home.data_ptr():  # another tensor was put in its place
                 x.data = home
-
-
-def _keep(batch: Any, number: int) -> Kept:
-    copied = _copied(batch, lambda _: HOST)
-    return Kept(copied.batch, number, length_of(copied.batch), copied.nbytes, copied.homes)
-
-
-@dataclass
-class _Copied:
-    """A deep copy, the devices of the tensors in the order of copying, and what they take."""
-
-    batch: Any
-    homes: Sequence[torch.device]
-    nbytes: int
-
-
-def _copied(batch: Any, place: Callable[[Tensor], torch.device]) -> _Copied:
-    mode = _Moving(place)
-    try:
-        with torch.no_grad(), mode:
-            twin = copy.deepcopy(batch)
-    except Exception as error:
-        raise TypeError(f"batch must be what copy.deepcopy can copy, got {type(batch).__name__} ({error})") from error
-    return _Copied(twin, mode.homes, mode.nbytes)
-
-
-class _Moving(TorchFunctionMode):
-    """Puts the tensors of a deep copy on a device, however deep in objects of other libraries they are.
-
-    Args:
-        place: the device for each tensor.
-    """
-
-    def __init__(self, place: Callable[[Tensor], torch.device]) -> None:
-        super().__init__()
-        self._place = place
-        self.homes: list[torch.device] = []
-        self.nbytes = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Copy and move in one, where a tensor, or a subclass in its own way, copies itself."""
-        if func is not torch.Tensor.__deepcopy__ and func is not torch.Tensor.clone:
-            return func(*args, **(kwargs or {}))
-        x: Tensor = args[0]
-        self.homes.append(x.device)
-        self.nbytes += x.numel() * x.element_size()
-        # To the host without waiting: into pinned memory, behind what the GPU has still to do.
-        return x.detach().to(self._place(x), non_blocking=True, copy=True).requires_grad_(x.requires_grad)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_bn.callbacks.base import is_due, log_interval, step_of
+from lightning_bn.callbacks.base import log_interval, step_of
 from lightning_bn.callbacks.budget import Budget
+from lightning_bn.callbacks.due import is_due
 from lightning_bn.findings import Finding
 from lightning_bn.rules.interval_widened import interval_widened
 from lightning_bn.rules.not_watched import not_watched

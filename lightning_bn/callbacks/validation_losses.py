@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_bn.callbacks.kept import Kept
 from lightning_bn.callbacks.rehearsal import apart, arguments
-from lightning_bn.callbacks.training_batches import Kept
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

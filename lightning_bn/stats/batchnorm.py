@@ -78,8 +78,10 @@ def on_host(parts: Sequence[Tensor]) -> list[float]:
     """
     if not parts:
         return []
+    devices = {x.device for x in parts}
     # Waits where something comes from a GPU to the host.
-    found: list[float] = torch.cat([x.to(parts[0].device) for x in parts]).tolist()
+    near = parts if len(devices) == 1 else [x.to(parts[0].device) for x in parts]
+    found: list[float] = torch.cat(list(near)).tolist()
     return found
 
 

@@ -74,6 +74,20 @@ def test_drift_is_logged_on_due_steps_only(make_trainer):
     assert last(trainer, "bn_overview/gamma_drift_since_best_max") == pytest.approx(0.4 / 1.1)
 
 
+@pytest.mark.parametrize(
+    ("every", "batches", "epochs", "window"), [(1, 4, 2, 1), (3, 4, 5, 1), (7, 4, 8, 2), (25, 4, 20, 1), (5, 3, 9, 2)]
+)
+def test_no_due_step_is_slept_through(make_trainer, every, batches, epochs, window):
+    """In epochs of few batches, and where an optimizer step takes several: each step that is due is logged, once."""
+    options = {"max_epochs": epochs, "limit_train_batches": batches, "accumulate_grad_batches": window}
+    trainer = make_trainer(BatchNormMonitor(every_n_steps=every, assess=False), limit_val_batches=0, **options)
+    trainer.fit(Healthy(network(depth=1)), loader())
+    assert trainer.num_training_batches == batches
+    events = EventAccumulator(trainer.log_dir).Reload().Scalars("bn_overview/gamma_drift_max")
+    steps = epochs * -(-batches // window)  # the last window of an epoch may be shorter
+    assert [event.step for event in events] == list(range(every - 1, steps, every))
+
+
 def test_a_zero_gamma_that_closes_a_residual_block_is_measured_against_sqrt_c(make_trainer):
     """γ₀ = 0 is a deliberate start: its drift is in units of √C and finite."""
     net = network(depth=1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_bn.callbacks.joining import joined, parted
-from lightning_bn.callbacks.training_batches import Kept
+from lightning_bn.callbacks.kept import Kept
 
 Pair = namedtuple("Pair", "x y")  # noqa: PYI024  (the plain kind is what is tested)
 

@@ -99,6 +99,23 @@ def test_pairs_of_changing_layers_are_kept_apart():
     assert effective(plain)[0] == pytest.approx({"0": 8, "1": 4}, rel=0.2)
 
 
+def test_batches_that_are_not_told_change_nothing_of_what_is_heard():
+    """Who asks only when a batch may be heard, and at times sooner, hears the same batches as who asks every time."""
+    every, some = StatisticsWatch(network()), StatisticsWatch(network())
+    heard, last, wakes = ([], []), 0, 1
+    for batch in range(1, 2101):
+        if every.begin_batch():
+            heard[0].append(batch)
+        every.end_batch(batch)
+        if batch >= wakes or batch % 37 == 0:  # an epoch begins
+            if some.begin_batch(batch - last):
+                heard[1].append(batch)
+            last, wakes = batch, batch + some.until_heard()
+            some.end_batch(batch)
+    assert heard[0] == heard[1]
+    assert wakes - last > 1
+
+
 def test_pairs_are_whole_and_fewer_are_heard_later():
     """Two batches in a row of every ten in the first 320, of every fifty behind them, and one when there are enough."""
     watch = StatisticsWatch(network())
