@@ -188,6 +188,21 @@ def interventions(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield f"| {word} | {len(parts)} | {half} | {median(parts):.2f} |"
 
 
+def costs(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """How many passes the assessments took, by what was said."""
+    for word in ("driven", "shared", "elsewhere", "none"):
+        for wrong in (False, True):
+            mine = [row for row in rows if verdict(row) == word and (WRONG in row["said"]) is wrong and row.get("cost")]
+            if mine:
+                cells = (
+                    f"{median(values):.0f}, {max(values)}"
+                    for part in ("validations", "estimations")
+                    for values in [[row["cost"][part] for row in mine]]
+                )
+                said = f"{word}, wrong statistics" if wrong else word
+                yield f"| {said} | {len(mine)} | {' | '.join(cells)} |"
+
+
 def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """All tables, line by line."""
     yield from (
@@ -197,6 +212,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield from ("| seeds | truth | runs | missed | false alarms |", "|---|---|---:|---:|---:|", *summary(rows))
     yield from ("", "| what was said | runs | freezing γ and β prevents half of the rise or more in | median part |")
     yield from ("|---|---:|---:|---:|", *interventions(rows))
+    yield from ("", "| what was said | runs | validation passes, median and most | re-estimations, median and most |")
+    yield from ("|---|---:|---:|---:|", *costs(rows))
     yield from ("", "| run | truth | runs | said | wrong statistics | rise | share of γ, β | P |")
     yield from ("|---|---|---:|---|---:|---:|---:|---:|", *table_rows(rows))
 
