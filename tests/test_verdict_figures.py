@@ -270,7 +270,7 @@ def test_the_error_bar_reaches_from_one_order_to_the_other(first, last):
 
 def test_shares_are_those_of_the_verdict():
     """The picture of the four losses shows the two numbers that the rules judge."""
-    losses = Losses([8], [1.0], [1.0], now=[0.9], best=[0.5], first=[0.7], last=[0.6])
+    losses = Losses([8], stored=[1.0], now=[0.9], best=[0.5], first=[0.7], last=[0.6])
     drawn = Drawn(attribution(0.5, 0.9, 0.7, 0.6, name="val_loss", best_epoch=3))
     found = [drawn.points(f"γ and β moved {order}")[0][0] for order in ("before", "after")]
     assert found == pytest.approx(list(losses.shares))
