@@ -49,6 +49,11 @@ class AffineWatch(Monitor):
     def _begin_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._statistics = StatisticsWatch(pl_module, trainer.world_size, self.live.hooks, self._hear)
 
+    def _end(self) -> None:
+        super()._end()
+        self._statistics = None
+        self._speed.forget_layers()
+
     @shielded
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the first batch and for the layers anew; called by Lightning."""

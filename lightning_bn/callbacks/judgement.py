@@ -163,12 +163,11 @@ def _measure(trainer: Trainer, pl_module: LightningModule, material: Material, c
     """Run the assessment, show how far it is, and tell what it cost."""
     first = trainer.is_global_zero
     shown = first and trainer.progress_bar_callback is not None
-    try:
-        with tqdm(desc="lightning_bn: does it overfit?", leave=False, disable=not shown) as bar:
-            return Assessment(trainer, pl_module, material, cost, lambda done, total: _show(bar, done, total)).run()
-    finally:
-        if first and cost.validations:
-            print_above_bar(trainer, f"lightning_bn: {cost.words()}")
+    with tqdm(desc="lightning_bn: does it overfit?", leave=False, disable=not shown) as bar:
+        losses = Assessment(trainer, pl_module, material, cost, lambda done, total: _show(bar, done, total)).run()
+    if first:
+        print_above_bar(trainer, f"lightning_bn: {cost.words()}")
+    return losses
 
 
 def _material(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,10 @@ class Speed:
     def forget_layers(self) -> None:
         """Look for the layers anew when the next step is due, as they may have been replaced."""
         self._layers = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but layers, and what belongs to a step in progress."""
+        return {**vars(self), "_layers": None, "_copies": {}, "_norms": []}
 
     def before(self, model: nn.Module, optimizer: Optimizer) -> None:
         """An optimizer is about to step; of several, each is to be told.

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 from specimens import Healthy, loader, network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -124,6 +128,33 @@ def test_a_misspelt_metric_gets_the_nearest_names(make_trainer):
     monitor = BatchNormMonitor("val_los", assess=False)
     make_trainer(monitor).fit(Healthy(), loader(), loader(seed=1))
     assert "val_loss" in monitor.findings[0].advice
+
+
+class SeesModules(pickle.Pickler):
+    """Notes every module that hangs on what is pickled."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO())
+        self.seen = []
+
+    def persistent_id(self, found):
+        if isinstance(found, nn.Module):
+            self.seen.append(type(found).__name__)
+
+
+def test_no_layer_hangs_on_a_monitor_that_is_pickled(make_trainer):
+    """Copies of γ and β go with it, and none of the layers that it follows, in the midst of a fit and behind it."""
+    monitor, pickler = BatchNormMonitor(every_n_steps=1), SeesModules()
+
+    class Pickles(Callback):
+        def on_train_batch_end(self, *_):
+            pickler.dump(monitor)
+
+    make_trainer(monitor, Pickles(), max_epochs=2).fit(Healthy(network()), loader(), loader(seed=1))
+    pickler.dump(monitor)
+    assert pickler.seen == []
+    pickler.dump([network()])
+    assert "BatchNorm1d" in pickler.seen
 
 
 def test_without_validation_the_drift_is_still_told(make_trainer):
