@@ -84,7 +84,7 @@ def measured(
         for place, mine in zip(places, rows, strict=False):
             found[place] = dict(zip(names, mine, strict=True))
         begin = end
-    return found, numbers[begin:]
+    return found, numbers[begin:].tolist()
 
 
 class References:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import dist, hypot, sqrt
@@ -18,7 +18,13 @@ from lightning_bn.stats.moments import Rows
 
 CONSTANT = 10.0
 """A channel whose variance is below so many times ε says nothing about the batch."""
+FEW = 2048
+"""Values that Python's own arithmetic is faster for than arrays, where both begin behind many steps of training: then
+arrays take five times what they do when they are called again and again."""
 TINY = 1e-6  # a γ this small, root mean square, is a deliberate zero start and no unit to measure in
+
+Norms = tuple[list[float], list[float], list[float]]
+"""‖γ − γ₀‖, ‖β − β₀‖ and ‖γ₀‖ of each layer."""
 
 
 @dataclass(frozen=True)
@@ -70,56 +76,64 @@ def flat(layers: Sequence[Affine]) -> list[Tensor]:
     return [layer.gamma for layer in layers] + [layer.beta for layer in layers]
 
 
-def on_host(parts: Sequence[Tensor]) -> list[float]:
-    """All values, one after the other, in one transfer.
+def on_host(parts: Sequence[Tensor]) -> Tensor:
+    """All values, one after the other, in one transfer; ``(0,)`` of none.
 
     Args:
         parts: ``(K,)`` each, of any floating-point dtype, on any devices.
     """
-    if not parts:
-        return []
     devices = {x.device for x in parts}
     # Waits where something comes from a GPU to the host.
     near = parts if len(devices) == 1 else [x.to(parts[0].device) for x in parts]
-    found: list[float] = torch.cat(list(near)).tolist()
-    return found
+    return torch.cat(list(near)).cpu() if parts else torch.zeros(0)
 
 
-def distances(values: Sequence[float], sizes: Sequence[int]) -> list[list[tuple[float, float]]]:
+def distances(values: Tensor, sizes: Sequence[int]) -> list[list[tuple[float, float]]]:
     """Relative distance of γ and β from one or several starts, of all layers at once.
 
-    In Python's own arithmetic, as an array has more to do before it begins than so few values need.
-
     Args:
-        values: ``((1 + starts)·2·(C₁ + C₂ + ...),)``, present γ and β and those of each start, as :func:`flat` orders
-            them.
+        values: ``((1 + starts)·2·(C₁ + C₂ + ...),)`` on the host, present γ and β and those of each start, as
+            :func:`flat` orders them.
         sizes: channels of each layer, C₁, C₂, ...; at least one layer.
 
     Returns:
         By start and layer ‖γ − γ₀‖/s and ‖β − β₀‖/s with s = ‖γ₀‖, or √C, the norm of the usual start γ = 1, where γ
         starts at zero on purpose. Both are in the unit of γ₀, since β adds to what γ scales.
     """
-    layers, ends, total = len(sizes), list(accumulate(sizes, initial=0)), sum(sizes)
-    rows = range(0, len(values), total)
-    parts = [values[row + begin : row + end] for row in rows for begin, end in pairwise(ends)]
-    gammas, betas = parts[:layers], parts[layers : 2 * layers]
+    norms = _norms_of_few if len(values) <= FEW else _norms_of_many
     found = []
-    for at in range(2 * layers, len(parts), 2 * layers):
-        starts = zip(parts[at : at + layers], parts[at + layers : at + 2 * layers], strict=True)
-        units = [_unit(gamma) for gamma in parts[at : at + layers]]
-        found.append(
-            [
-                (dist(gamma, gamma0) / unit, dist(beta, beta0) / unit)
-                for gamma, beta, (gamma0, beta0), unit in zip(gammas, betas, starts, units, strict=True)
-            ]
-        )
+    for gammas, betas, starts in norms(values, list(accumulate(sizes, initial=0))):
+        usual = [sqrt(size) for size in sizes]
+        units = [start if start > TINY * one else one for start, one in zip(starts, usual, strict=True)]
+        layers = zip(gammas, betas, units, strict=True)
+        found.append([(gamma / unit, beta / unit) for gamma, beta, unit in layers])
     return found
 
 
-def _unit(gamma: Sequence[float]) -> float:
-    """Norm to measure in."""
-    norm, usual = hypot(*gamma), sqrt(len(gamma))
-    return norm if norm > TINY * usual else usual
+def _norms_of_few(values: Tensor, ends: Sequence[int]) -> Iterator[Norms]:
+    """In Python's own arithmetic, as arrays take longer to begin with than few values need.
+
+    Args:
+        values: as in :func:`distances`.
+        ends: where the layers end, and 0 in front of them.
+    """
+    numbers, layers = values.tolist(), len(ends) - 1
+    rows = range(0, len(numbers), ends[-1])
+    parts = [numbers[row + begin : row + end] for row in rows for begin, end in pairwise(ends)]
+    for at in range(2 * layers, len(parts), 2 * layers):
+        starts = parts[at : at + 2 * layers]
+        apart = [dist(now, start) for now, start in zip(parts[: 2 * layers], starts, strict=True)]
+        yield apart[:layers], apart[layers:], [hypot(*gamma) for gamma in starts[:layers]]
+
+
+def _norms_of_many(values: Tensor, ends: Sequence[int]) -> Iterator[Norms]:
+    """The same with arrays."""
+    affine = values.double().numpy().reshape(-1, 2, ends[-1])
+    with np.errstate(invalid="ignore"):  # infinite values
+        for start in affine[1:]:
+            squares = np.square(np.concatenate([start - affine[0], start[:1]]))
+            gammas, betas, units = np.sqrt(np.add.reduceat(squares, ends[:-1], axis=1)).tolist()
+            yield gammas, betas, units
 
 
 @dataclass(frozen=True)

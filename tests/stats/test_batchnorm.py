@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lightning_bn.stats import batchnorm
 from lightning_bn.stats.batchnorm import (
     TINY,
     Affine,
@@ -26,6 +27,12 @@ def affine(gamma, beta, dtype=torch.float32):
     return Affine(torch.tensor(gamma, dtype=dtype), torch.tensor(beta, dtype=dtype))
 
 
+@pytest.fixture(params=[0, 10**9], ids=["arrays", "plain"])
+def _both_ways(request, monkeypatch):
+    """Few values and many go different ways to the same numbers."""
+    monkeypatch.setattr(batchnorm, "FEW", request.param)
+
+
 def by_hand(now, start):
     """Both distances in Python floats, over the norm of the initial γ."""
     unit = math.hypot(*start.gamma.double().tolist())
@@ -33,6 +40,7 @@ def by_hand(now, start):
     return [math.dist(a.double().tolist(), b.double().tolist()) / unit for a, b in pairs]
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize(
     ("now", "start", "expected"),
     [
@@ -49,6 +57,7 @@ def test_drift_follows_its_closed_form(now, start, expected):
     torch.testing.assert_close(drift([now], [start]), torch.tensor([expected], dtype=torch.float32))
 
 
+@pytest.mark.usefixtures("_both_ways")
 def test_layers_are_rows_in_the_order_given():
     """Layers of different width give one row each, in order."""
     starts = [affine([1, 2, 2], [0, 0, 0]), affine([0.5], [1])]
@@ -57,6 +66,7 @@ def test_layers_are_rows_in_the_order_given():
     torch.testing.assert_close(drift(nows, starts), expected)
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("channels", [1, 4, 9])
 def test_a_gamma_that_starts_at_zero_is_measured_in_the_usual_unit(channels):
     """Where γ₀ = 0 on purpose the unit is √C, the norm of γ = 1, so that γ = 1 counts as 100 % and not as inf."""
@@ -65,6 +75,7 @@ def test_a_gamma_that_starts_at_zero_is_measured_in_the_usual_unit(channels):
     torch.testing.assert_close(drift([now], [start]), torch.tensor([[1.0, 0.5]]))
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
@@ -78,6 +89,7 @@ def test_the_unit_changes_where_gamma_is_as_good_as_zero(size, expected):
     torch.testing.assert_close(drift([now], [start])[0, 1], torch.tensor(expected))
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_parameters_of_any_precision_are_compared_in_float32(dtype):
     """Half-precision γ whose squares leave their own range still drift by the right number."""
@@ -87,6 +99,7 @@ def test_parameters_of_any_precision_are_compared_in_float32(dtype):
     torch.testing.assert_close(found, torch.tensor([by_hand(now, start)]))
 
 
+@pytest.mark.usefixtures("_both_ways")
 def test_a_non_finite_parameter_leaves_drift_undefined():
     """A NaN in γ gives NaN for γ and leaves β alone."""
     found = drift([affine([math.nan, 1], [1, 0])], [affine([3, 4], [0, 0])])[0]
@@ -94,6 +107,7 @@ def test_a_non_finite_parameter_leaves_drift_undefined():
     assert found[1] == pytest.approx(0.2)
 
 
+@pytest.mark.usefixtures("_both_ways")
 def test_an_infinite_parameter_leaves_drift_undefined_without_a_word():
     """Infinity less infinity is NaN, and NumPy does not warn of it."""
     same = affine([math.inf, 1], [0, 0])
@@ -118,6 +132,7 @@ def test_a_start_moves_to_a_device():
     assert moved.gamma.device == moved.beta.device == torch.device("meta")
 
 
+@pytest.mark.usefixtures("_both_ways")
 def test_a_different_number_of_layers_is_an_error():
     """Layers are compared one to one; a layer that has none to compare with is no drift of 0."""
     one = affine([1], [0])
