@@ -118,12 +118,13 @@ class Assessment:
         parts = min(-(-MANY // (validation * self._trainer.world_size)), smallest // LEAST)
         if parts <= 1:
             return self._repeated()
-        whole = self._validation
+        whole, total = self._validation, self._total
         try:
             self._everywhere("cutting of validation batches", lambda: self._cut(parts))
             return self._repeated()
         except NotAssessedError as reason:
-            self._validation, self._sizes, self._done = whole, [], 0  # a loss that is no mean over samples
+            self._validation, self._sizes = whole, []  # a loss that is no mean over samples
+            self._total = total + self._done
             try:
                 return self._repeated()
             except TooFewError:

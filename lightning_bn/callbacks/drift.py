@@ -28,12 +28,12 @@ Pairs = dict[str, tuple[float, float]]
 
 def affine_of(model: nn.Module) -> dict[str, Affine]:
     """Copies of γ and β of every BatchNorm layer that has both, in one piece, by layer."""
-    return copied(find_batchnorm(model))
+    return copied(with_affine(find_batchnorm(model)))
 
 
 def copied(layers: Mapping[str, _BatchNorm]) -> dict[str, Affine]:
-    """The same of some layers."""
-    return {name: Affine.of(layer.weight, layer.bias) for name, layer in with_affine(layers).items()}
+    """Copies of γ and β of layers that :func:`with_affine` gave."""
+    return {name: Affine.of(layer.weight, layer.bias) for name, layer in layers.items()}
 
 
 def with_affine(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from lightning_bn.callbacks.drift import Pairs, References, measured, with_affine
+from lightning_bn.callbacks.drift import Pairs, References, copied, measured, with_affine
 from lightning_bn.norms import find_batchnorm
 from lightning_bn.overview import drift_overview, speed_overview
 from lightning_bn.rules.affine_drift import Pace
@@ -53,7 +53,7 @@ class Speed:
         """
         layers = self._found(model)
         if not self._norms:  # the first optimizer
-            self._copies = {name: Affine.of(layer.weight, layer.bias) for name, layer in layers.items()}
+            self._copies = copied(layers)
         self._norms.append(norms_of([x for group in optimizer.param_groups for x in group["params"]], self._affine))
 
     def _found(self, model: nn.Module) -> dict[str, _BatchNorm]:

@@ -82,10 +82,11 @@ def on_host(parts: Sequence[Tensor]) -> Tensor:
     Args:
         parts: ``(K,)`` each, of any floating-point dtype, on any devices.
     """
-    devices = {x.device for x in parts}
+    if not parts:
+        return torch.zeros(0)
     # Waits where something comes from a GPU to the host.
-    near = parts if len(devices) == 1 else [x.to(parts[0].device) for x in parts]
-    return torch.cat(list(near)).cpu() if parts else torch.zeros(0)
+    here = len({x.device for x in parts}) == 1
+    return torch.cat(list(parts) if here else [x.to(parts[0].device) for x in parts]).cpu()
 
 
 def distances(values: Tensor, sizes: Sequence[int]) -> list[list[tuple[float, float]]]:

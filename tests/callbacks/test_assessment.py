@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lightning_bn import BatchNormMonitor, PreciseBatchNorm
+from lightning_bn.callbacks import judgement
 from lightning_bn.callbacks.training_batches import TrainingBatches
 
 ILLNESSES = {
@@ -79,6 +80,26 @@ def test_an_assessment_costs_about_four_passes_and_says_so(make_trainer, capfd, 
         rf"{estimations} over {data.get('size', 48)} training samples",
         line,
     )
+
+
+class SumOverBatch(Overfits):
+    """Its loss is no mean over samples, so that batches cannot be cut."""
+
+    def validation_step(self, batch, batch_idx):
+        return self.report(self.loss(self(batch[0]), batch[1]) * len(batch[0]))
+
+
+@pytest.mark.parametrize("build", [Overfits, SumOverBatch])
+@pytest.mark.parametrize("epochs", [2, 15])
+def test_the_progress_ends_where_it_said(make_trainer, monkeypatch, build, epochs):
+    """Each pass is one of as many as were foretold, also where passes come that nobody needed."""
+    told = []
+    monkeypatch.setattr(judgement, "_show", lambda bar, done, total: told.append((done, total)))
+    monitor = BatchNormMonitor()
+    run(make_trainer(monitor, max_epochs=epochs, logger=False), build, loaders(val_batch=40))
+    cost = next(finding.data["cost"] for finding in monitor.findings if "cost" in finding.data)
+    assert told[-1][0] == told[-1][1]
+    assert [done for done, _ in told][: cost["validations"]] == list(range(1, cost["validations"] + 1))
 
 
 class KeepsWeights(Callback):

@@ -95,6 +95,7 @@ def test_few_batches_are_copied():
     for seed in range(100):
         batches = TrainingBatches(20, 1e9, seed)
         copied.append(sum(batches.offer(torch.zeros(4, 2), number) for number in range(1000)))
+    assert 15 < copied[0] < 50
     expected = 5 + 5 * sum(1 / n for n in range(6, 1001))
     # The variance is at most the sum of 5/n: 26, so that the mean of 100 has a standard deviation of 0.5.
     assert abs(sum(copied) / 100 - expected) < 2.5
