@@ -14,8 +14,10 @@ from harm import assert_identical, everything_after
 from identical import everything
 from lightning.pytorch import Callback
 from overfits import (
+    CLASSES,
     DRIVEN,
     ELSEWHERE,
+    FEATURES,
     NONE,
     STATISTICS,
     UNKNOWN,
@@ -55,6 +57,26 @@ def test_the_verdict_is_the_planted_illness(make_trainer, build, data, epochs, e
     run(make_trainer(monitor, max_epochs=epochs, logger=False), build, loaders(**data))
     assert verdict(monitor) == expected
     assert not monitor.off
+
+
+def with_dropout(rate):
+    """Three hidden layers, each with BatchNorm, and dropout behind it and so in front of the next."""
+    layers = []
+    for inputs in (FEATURES, 64, 64):
+        layers += [nn.Linear(inputs, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(rate)]
+    return nn.Sequential(*layers, nn.Linear(64, CLASSES))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("rate", "said"), [(0.5, True), (0.0, False)])
+def test_dropout_in_front_of_batchnorm_is_told_by_what_it_costs(make_trainer, rate, said, seed):
+    """Dropout that shifts what BatchNorm sees is found, and called neither lag nor overfitting; its twin is silent."""
+    monitor = BatchNormMonitor()
+    data = loaders(size=512, noise=0, batch=16, seed=seed)
+    run(make_trainer(monitor, max_epochs=10, logger=False), lambda: Overfits(with_dropout(rate), lr=0.001), data)
+    assert verdict(monitor) == [NONE]
+    found = [finding.data["dropout"] for finding in monitor.findings if finding.rule == "mismatched-statistics"]
+    assert found == (["net.3"] if said else [])
 
 
 COSTS = {  # passes over the kept validation batches, and over the training ones
